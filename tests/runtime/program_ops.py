@@ -198,12 +198,10 @@ def pad(w: Writer) -> None:
         f"jnp.flip({v.name}, {axis})",
         f"jnp.roll({v.name}, {w.choose((1, 3, -2))}, axis={axis})",
     ]
-    config = []
-    for n in v.shape:
-        low, high, interior = w.choose((0, 1, 2)), w.choose((0, -1)), w.choose((0, 0, 1))
-        # Shifts, which leave the size as it is, are a case of their own: see test_local_ops.
-        shift = (low, high) != (0, 0) and low + high + interior * (n - 1) == 0
-        config.append((low + shift, high if n > 1 else 0, interior))
+    config = tuple(
+        (w.choose((0, 1, 2)), w.choose((0, -1)) if n > 1 else 0, w.choose((0, 0, 1)))
+        for n in v.shape
+    )
     forms.append(f"jax.lax.pad({v.name}, 0.5, {config})")
     w.emit(w.choose(forms), exact=v.exact)
 
@@ -460,6 +458,7 @@ def factorization(w: Writer) -> None:
     if square is not None:
         forms = (
             "jnp.linalg.cholesky({0})",
+            "jnp.linalg.inv({0})",
             "jax.scipy.linalg.solve_triangular(jnp.tril({0}), {0}, lower=True)",
         )
         w.emit(w.choose(forms).format(square.name))
@@ -470,7 +469,7 @@ def ragged_dot(w: Writer) -> None:
     """Groups of rows times a matrix each; rows beyond the last group give zeros."""
     v = w.pick(lambda v: v.rank == 2)
     name, (m, k) = (v.name, v.shape) if v else (w.weight(8, 4), (8, 4))
-    groups = w.choose((2, 4))
+    groups = w.choose((1, 2, 4))
     sizes = [w.choose(range(m // groups + 1)) for _ in range(groups)]
     weight = w.weight(groups, k, w.choose(DIMS))
     w.emit(f"0.5 * jax.lax.ragged_dot({name}, {weight}, jnp.array({sizes}, jnp.int32))")
