@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from alpa_lite.runtime.lower import compiler_options
+
 Shape = tuple[int, ...]
 SpecOf = Callable[[str, Shape], P]
 
@@ -139,8 +141,9 @@ def compile_baseline(baseline: Baseline, step: Any, state: Any, batch: Any) -> t
     )
     of_batch = jax.tree.map(lambda _: NamedSharding(mesh, P(baseline.batch_axes or None)), batch)
     jitted = jax.jit(
-        step, in_shardings=(of_state, of_batch), out_shardings=(of_state, None), donate_argnums=0
-    )
+        step, in_shardings=(of_state, of_batch), out_shardings=(of_state, None), donate_argnums=0,
+        compiler_options=compiler_options(devices.flat[0].platform),
+    )  # fmt: skip
     return jitted.lower(state, batch).compile(), of_state, of_batch
 
 

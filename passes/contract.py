@@ -9,7 +9,8 @@ ops' sharding rules: factors that meet along a value become one. Updates are kep
 forward and backward, so that parameters, gradients and optimizer state can differ (ZeRO).
 
 Where one value feeds several other nodes in one phase, a *copy* node stands between: a layout
-change is then paid once per phase, in the price and in the program alike.
+change is then paid once per phase, in the price and in the program alike. An activation read in
+forward and backward gets a copy in front of these, whose layout is kept from one to the other.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from alpa_lite.ir.graph import BACKWARD, UPDATE
+from alpa_lite.ir.graph import BACKWARD, FORWARD, UPDATE
 from alpa_lite.passes import op_traits
 from alpa_lite.passes.program import FlatOp, FlatValue, Program
 from alpa_lite.passes.rules import Factor, FactorKind, ShardingRule
@@ -344,6 +345,7 @@ class _Merger:
         program = self.program
         ops, values = list(program.ops), list(program.values)
         operands = [list(op.operands) for op in program.ops]
+        lasting = self.find_lasting()
         for value in program.values:
             if value.num_elements <= 1 or program.definition[value.id] < 0:
                 continue
@@ -355,9 +357,14 @@ class _Merger:
                 for position, operand in enumerate(program.ops[reader].operands):
                     if operand == value.id:
                         by_phase[ops[reader].phase].append((reader, position))
+            source = value
+            if {FORWARD, BACKWARD} <= by_phase.keys() and value.id not in lasting:
+                uses = [*by_phase[FORWARD], *by_phase[BACKWARD]]
+                source = self.add_copy(ops, values, operands, value, FORWARD, uses)
             for phase, uses in by_phase.items():
                 if len({self.reading(reader, position) for reader, position in uses}) > 1:
-                    self.add_copy(ops, values, operands, value, phase, uses)
+                    given = value if phase == UPDATE else source
+                    self.add_copy(ops, values, operands, given, phase, uses)
         return ops, values, operands, self.rules
 
     def reading(self, reader: int, position: int) -> tuple[int, tuple[int, ...]]:
@@ -372,7 +379,7 @@ class _Merger:
     def add_copy(
         self, ops: list[FlatOp], values: list[FlatValue], operands: list[list[int]],
         value: FlatValue, phase: str, uses: Sequence[tuple[int, int]],
-    ) -> None:  # fmt: skip
+    ) -> FlatValue:  # fmt: skip
         result = FlatValue(len(values), value.aval, value.name)
         weight = max(ops[reader].operand_weights[position] for reader, position in uses)
         copy = FlatOp(
@@ -390,6 +397,16 @@ class _Merger:
         self.groups.parent.append(copy.id)
         for reader, position in uses:
             operands[reader][position] = result.id
+        return result
+
+    def find_lasting(self) -> set[int]:
+        """Parameters and what cheap ops make of them: their gathers are not kept for backward."""
+        lasting: set[int] = set()
+        for op in self.program.ops:
+            cheap = not self.is_anchor(op) and op.operands and set(op.operands) <= lasting
+            if op.kind in ("state", "argument", "enter") or cheap:
+                lasting |= set(op.results)
+        return lasting
 
     # The result.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -121,6 +121,7 @@ def profile_memory(
             for value, spec in zip(c.values, specs, strict=True)
         ]
     )
+    liveness = _without_idle_copies(c, liveness, specs)
     totals = _totals(liveness, sizes)
     conversions = np.zeros(len(totals))
     for time, op_id in enumerate(liveness.order):
@@ -149,6 +150,19 @@ def describe_time(op: FlatOp) -> str:
     """What a moment is called in messages."""
     where = op.op.scope if op.op is not None and op.op.scope else op.name
     return f"{op.phase}, at {where}"
+
+
+def _without_idle_copies(
+    c: Contraction, liveness: Liveness, specs: Sequence[ShardingSpec | None]
+) -> Liveness:
+    """Copies in the layout of what they copy are the same array, alive as long as either."""
+    end = liveness.end.copy()
+    for op in reversed(c.ops):
+        if op.kind == "copy":
+            (source,), (result,) = c.operands[op.id], op.results
+            if specs[source] == specs[result] and end[source] >= liveness.start[source]:
+                end[source], end[result] = max(end[source], end[result]), -1
+    return replace(liveness, end=end)
 
 
 def _totals(liveness: Liveness, sizes: np.ndarray) -> np.ndarray:
@@ -245,13 +259,13 @@ class _Ranges:
 
 def _execution_order(c: Contraction) -> list[int]:
     """Program order, each copy right before its first reader."""
-    first_reader: dict[int, int] = {}
-    copies = {op.results[0]: op.id for op in c.ops if op.kind == "copy"}
-    for op in c.ops[: len(c.program.ops)]:
+    when = {op.id: op.id for op in c.program.ops}
+    # A copy is read by ops of the program and by copies made after it.
+    last = len(c.program.ops)
+    when |= {copy.id: last for copy in c.ops[last:]}
+    for op in reversed(c.ops):
         for value in c.operands[op.id]:
-            if value in copies:
-                first_reader.setdefault(copies[value], op.id)
-    before: dict[int, list[int]] = defaultdict(list)
-    for copy, reader in first_reader.items():
-        before[reader].append(copy)
-    return [i for op in c.program.ops for i in (*before[op.id], op.id)]
+            producer = c.ops[c.definition[value]]
+            if producer.kind == "copy":
+                when[producer.id] = min(when[producer.id], when[op.id])
+    return sorted(when, key=lambda i: (when[i], i < last, i))

@@ -305,6 +305,15 @@ def assert_megatron(plan: Plan, axes: tuple[str, ...]) -> None:
             assert spec.dims == tuple(axes if d == dim else () for d in range(len(spec.dims))), end
 
 
+def assert_tensor_parallel(plan: Plan) -> None:
+    """All parameters of `MEGATRON` are split over all devices, their dims there among them."""
+    for name, spec in params(plan).items():
+        for end, dim in MEGATRON.items():
+            if "layer_" in name and name.endswith(end):
+                assert spec.dims[dim], name
+                assert spec.num_shards(plan.mesh) == plan.mesh.num_devices, name
+
+
 def test_b1_bert_data_parallel() -> None:
     """B1: BERT L=2 B=S=64 H=32, 8 heads. Alpa: one all-reduce of the gradients."""
     case = bert(64, 64, 32)
@@ -326,8 +335,9 @@ def test_b2_bert_megatron(mesh: dict[str, int]) -> None:
 def test_b3_bert_on_two_axes(prefer_reduce_scatter: bool) -> None:
     """B3: B2 on (2, 2). Alpa, which always split the batch over the first axis: 4L-1 all-reduces of
     half an activation on the fast axis and one of half the gradients on the slow one (as RS + AG).
-    Gradients weigh 50 times more than activations here, so all four devices go to Megatron's
-    layout, and nothing but activations crosses the slow links."""
+    Gradients weigh 50 times more than activations here, so all four devices split the parameters,
+    and nothing but activations crosses the slow links. Splitting some kernels along one dim per
+    axis beats Megatron's layout over both axes by a few percent."""
     case = bert(8, 8, 128)
     plan = solve_plan(case, SQUARE, prefer_reduce_scatter=prefer_reduce_scatter)
     activation = 8 * 8 * 128 * FLOAT_BYTES
@@ -339,7 +349,7 @@ def test_b3_bert_on_two_axes(prefer_reduce_scatter: bool) -> None:
     megatron_s = 7 * seconds(plan, "all_reduce", activation, BOTH)
     assert plan.predicted.communication_s <= megatron_s * (1 + 1e-9)
     if not prefer_reduce_scatter:
-        assert_megatron(plan, BOTH)
+        assert_tensor_parallel(plan)
 
 
 def test_b4_bert_with_remat() -> None:
@@ -423,7 +433,7 @@ def test_b8_bert_mlm_large_vocabulary() -> None:
     alpa_s += seconds(plan, "all_gather", activation, BOTH)
     alpa_s += 4 * seconds(plan, "all_reduce", tokens * FLOAT_BYTES, BOTH)
     assert plan.predicted.communication_s <= alpa_s
-    assert_megatron(plan, BOTH)
+    assert_tensor_parallel(plan)
     (table,) = params(plan, "embedding").values()
     assert table.dims == (BOTH, ())
     # Whatever has the vocabulary as a dim (logits, one-hot labels and their iota) is split.
@@ -460,10 +470,6 @@ def test_c1_moe_layer() -> None:
     assert params(plan, ".wo")["state.params.experts.wo"].dims == (("x",), (), ())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="an all-to-all for forward and backward is priced twice though it runs once",
-)
 def test_c2_moe_layer_on_two_axes() -> None:
     """C2: C1 on (2, 2). Alpa, with tilings of one dim over both axes: 2 AR and some A2A, experts
     split. The pattern of C1 with both axes taken together is one of the plans, so none may cost

@@ -142,8 +142,8 @@ class _QuickJax:
         return getattr(jax, name)
 
     @staticmethod
-    def jit(*args: Any, **options: Any) -> Any:
-        return jax.jit(*args, **options, compiler_options=QUICK_COMPILE)
+    def jit(*args: Any, compiler_options: Mapping[str, Any], **options: Any) -> Any:
+        return jax.jit(*args, **options, compiler_options={**compiler_options, **QUICK_COMPILE})
 
 
 def predicted_bytes(decisions: Decisions) -> dict[tuple[str, tuple[str, ...]], float]:

@@ -316,20 +316,17 @@ def largest_terms(problem):
     ]
 
 
-# Limits are several times what was measured on two busy cores (in brackets), 21 Nov 2026.
-
-
 @pytest.mark.parametrize(
-    ("problem", "limit_s"),
+    "problem",
     [
-        (layered_problem(), 0.5),  # 0.04 s
-        (layered_problem(num_rows=1, room=0.6), 3.0),  # 0.09 s
-        (layered_problem(num_rows=4, room=0.6), 3.0),  # 0.2 s
-        (hub_problem(), 1.5),  # 0.1 s
-        (hub_problem(num_rows=1, room=0.6), 3.0),  # 0.3 s
-        (layered_problem(600, 12, num_rows=2, room=0.6), 12.0),  # 2.7 s
-        (scattered_problem(60, 64, 120), 3.0),  # 0.2 s
-        (scattered_problem(60, 64, 120, num_rows=1, room=0.6), 5.0),  # 0.3 s
+        layered_problem(),
+        layered_problem(num_rows=1, room=0.6),
+        layered_problem(num_rows=4, room=0.6),
+        hub_problem(),
+        hub_problem(num_rows=1, room=0.6),
+        layered_problem(600, 12, num_rows=2, room=0.6),
+        scattered_problem(60, 64, 120),
+        scattered_problem(60, 64, 120, num_rows=1, room=0.6),
     ],
     ids=[
         "layers",
@@ -342,20 +339,16 @@ def largest_terms(problem):
         "wide, 1 row",
     ],
 )
-def test_proven_optimal_in_time(problem, limit_s):
-    started_s = time.process_time()
+def test_large_problems_of_the_usual_shapes_are_proven_optimal(problem):
     solution = solve_intra_op(problem)
     check_solution(problem, solution)
     assert solution.status == "optimal"
     assert (solution.binding_row is not None) == bool(problem.memory)
-    assert time.process_time() - started_s < limit_s
 
 
-def test_hard_problems_come_back_in_seconds_with_a_gap():
+def test_hard_problems_come_back_with_a_gap():
     problem = scattered_problem(60, 64, 120, layouts=None)
-    started_s = time.process_time()
     solution = solve_intra_op(problem)
     check_solution(problem, solution)
     assert solution.status == "unproven"
     assert 0 < solution.gap < 1
-    assert time.process_time() - started_s < 15  # 1.2 s
