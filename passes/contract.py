@@ -198,6 +198,7 @@ class _Merger:
         for op, rule in zip(program.ops, self.rules, strict=True):
             self.note_rivals(op.id, rule)
         self.groups = _UnionFind([op.id for op in program.ops])
+        self.largest = [self.largest_array(op) for op in program.ops]
         self.readers: dict[int, list[int]] = defaultdict(list)
         for op in program.ops:
             for value in op.operands:
@@ -274,13 +275,17 @@ class _Merger:
         for op in program.ops:
             if self.is_anchor(op):
                 continue
-            around = (*op.operands, *op.results)
-            largest = max((program.values[v].num_elements for v in around), default=0)
+            largest = self.largest_array(op)
             for position, value in enumerate(op.operands):
                 size = program.values[value].num_elements
                 producer = program.ops[program.definition[value]]
                 if size == largest and size > 1 and self.may_join(op, producer):
                     self.try_merge(op, position, producer, program.values[value])
+
+    def largest_array(self, op: FlatOp) -> int:
+        """Elements of the largest array that the op reads or makes."""
+        around = (*op.operands, *op.results)
+        return max((self.program.values[v].num_elements for v in around), default=0)
 
     def may_join(self, op: FlatOp, producer: FlatOp) -> bool:
         if self.is_anchor(producer):
@@ -298,6 +303,10 @@ class _Merger:
 
     def try_merge(self, op: FlatOp, position: int, producer: FlatOp, value: FlatValue) -> None:
         """Unify the factors of one value's dims in its producer and its reader."""
+        here, there = self.groups.find(op.id), self.groups.find(producer.id)
+        if value.num_elements < min(self.largest[here], self.largest[there]):
+            # Dims that the value lacks would stay apart, and an axis could split one of them only.
+            return
         result = producer.results.index(value.id)
         ours = self.rules[op.id].operands[position]
         theirs = self.rules[producer.id].results[result]
@@ -314,8 +323,9 @@ class _Merger:
             return
         for x, y in pairs:
             self.union_factors(x, y)
-        here, there = self.groups.find(op.id), self.groups.find(producer.id)
-        self.groups.parent[max(here, there)] = min(here, there)
+        first, second = sorted((here, there))
+        self.groups.parent[second] = first
+        self.largest[first] = max(self.largest[first], self.largest[second])
 
     def conflict(self, x: int, y: int) -> bool:
         x, y = self.factor_sets.find(x), self.factor_sets.find(y)
