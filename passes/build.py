@@ -16,7 +16,7 @@ import numpy as np
 from alpa_lite.cost_model import Cluster, MeshCostModel
 from alpa_lite.errors import InfeasibleError
 from alpa_lite.ir.sharding import Mesh
-from alpa_lite.passes.contract import Contraction
+from alpa_lite.passes.decision_graph import Contraction
 from alpa_lite.passes.decisions import Decisions, decide
 from alpa_lite.passes.intra_op import (
     Edge,
@@ -43,6 +43,7 @@ from alpa_lite.passes.pricing import (
     use_work,
 )
 from alpa_lite.passes.strategies import Assignment, StrategySet, enumerate_strategies
+from alpa_lite.passes.units import format_bytes
 
 _MAX_ROUNDS = 24
 _MAX_STRATEGIES = {1: 64, 2: 100, 3: 64, 4: 64}
@@ -215,9 +216,9 @@ def _tighten(
 def _does_not_fit(inputs: PlanningInputs, mesh: Mesh, profile: MemoryProfile) -> InfeasibleError:
     op = inputs.contraction.ops[profile.peak_op]
     return InfeasibleError(
-        f"no plan found on mesh {mesh} that fits {inputs.budget_bytes / 2**30:.2f} GiB per device: "
-        f"the best needs {profile.peak_bytes / 2**30:.2f} GiB, "
-        f"{(profile.peak_bytes - inputs.budget_bytes) / 2**30:.2f} GiB too much, "
+        f"no plan found on mesh {mesh} that fits {format_bytes(inputs.budget_bytes)} per device: "
+        f"the best needs {format_bytes(profile.peak_bytes)}, "
+        f"{format_bytes(profile.peak_bytes - inputs.budget_bytes)} too much, "
         f"{describe_time(op)}. "
         "Add devices, raise memory_budget_bytes, use more microbatches, or rematerialise.",
         need_bytes=profile.peak_bytes,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from alpa_lite.ir.graph import BACKWARD
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
-from alpa_lite.passes.contract import Contraction
+from alpa_lite.passes.decision_graph import Contraction
 from alpa_lite.passes.pricing import Prices, resolved_axes
 from alpa_lite.passes.program import FlatOp
 from alpa_lite.passes.reshard import ALL_GATHER, ALL_REDUCE, COLLECTIVES, ReshardStep, plan_reshard

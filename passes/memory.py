@@ -7,6 +7,7 @@ bodies count once; what a loop reads or carries lives as long as the loop.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import numpy as np
 
 from alpa_lite.ir.graph import BACKWARD, FORWARD, Literal
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
-from alpa_lite.passes.contract import Contraction
+from alpa_lite.passes.decision_graph import Contraction
 from alpa_lite.passes.intra_op import MemoryRow
 from alpa_lite.passes.pricing import converted_bytes, internal_values
 from alpa_lite.passes.program import FlatOp
@@ -27,6 +28,10 @@ OPTIMIZER = "optimizer_state"
 ACTIVATIONS = "activations"
 TEMPORARIES = "temporaries"
 CATEGORIES = (PARAMETERS, GRADIENTS, OPTIMIZER, ACTIVATIONS, TEMPORARIES)
+
+
+_TRANSFORMS = re.compile(r"\w+\(|\)")
+"""What JAX's transformations put around module paths: `transpose(jvp(Net))` is `Net`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -148,8 +153,8 @@ def profile_memory(
 
 def describe_time(op: FlatOp) -> str:
     """What a moment is called in messages."""
-    where = op.op.scope if op.op is not None and op.op.scope else op.name
-    return f"{op.phase}, at {where}"
+    scope = "" if op.op is None else _TRANSFORMS.sub("", op.op.scope).strip("/")
+    return f"{op.phase}, at {scope or op.name}"
 
 
 def _without_idle_copies(

@@ -8,7 +8,7 @@ from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import PlanError
 from alpa_lite.ir.graph import Literal
 from alpa_lite.ir.sharding import Mesh
-from alpa_lite.passes.contract import Contraction
+from alpa_lite.passes.decision_graph import Contraction
 from alpa_lite.passes.methods import Method, batch_factors
 from alpa_lite.passes.strategies import Assignment
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from alpa_lite.errors import InfeasibleError, PlanError
 from alpa_lite.ir.graph import UPDATE
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
-from alpa_lite.passes.contract import NONE, Contraction, Node
+from alpa_lite.passes.decision_graph import NONE, Contraction, Node
 from alpa_lite.passes.strategies import PARTIAL, Assignment, StrategySet, layout_spec
 
 MeshShape = Sequence[int] | Mapping[str, int]

@@ -37,8 +37,9 @@ from alpa_lite.ir.graph import format_graph, graph_hash
 from alpa_lite.ir.sharding import Mesh
 from alpa_lite.ir.trace import TracedStep, trace
 from alpa_lite.passes.build import Candidate, PlanningInputs, solve_on_mesh
-from alpa_lite.passes.contract import Contraction, contract
+from alpa_lite.passes.contract import contract
 from alpa_lite.passes.contract_rules import program_rules, replicated_notes
+from alpa_lite.passes.decision_graph import Contraction
 from alpa_lite.passes.decisions import Decisions, decide
 from alpa_lite.passes.memory import analyse_liveness
 from alpa_lite.passes.meshes import candidate_meshes, name_axes

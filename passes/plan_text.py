@@ -12,14 +12,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from alpa_lite.ir.sharding import ShardingSpec
+from alpa_lite.passes.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from alpa_lite.passes.plan import Plan
 
 Row = tuple[str, ...]
 
-_BYTE_UNITS = (("TiB", 2.0**40), ("GiB", 2.0**30), ("MiB", 2.0**20), ("KiB", 2.0**10), ("B", 1.0))
-_TIME_UNITS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6))
 _REASON_WIDTH = 90
 
 # A path as tokens: the text between numbers at even places, the numbers at odd ones.
@@ -183,16 +182,6 @@ def format_axes(axes: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"{name}={size}" for name, size in axes)
 
 
-def format_bytes(num_bytes: float) -> str:
-    """Three digits and a binary unit: `1.50 GiB`."""
-    return _with_unit(num_bytes, _BYTE_UNITS)
-
-
-def format_seconds(seconds: float) -> str:
-    """Three digits and a unit: `12.3 ms`."""
-    return _with_unit(seconds, _TIME_UNITS)
-
-
 def printable(text: str) -> str:
     """The text with control characters (line ends and terminal escapes too) written as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -249,10 +238,3 @@ def _braces(alternatives: Sequence[str]) -> str:
             runs.append([number])
     texts = [f"{r[0]}..{r[-1]}" if len(r) > 2 else ",".join(map(str, r)) for r in runs]
     return f"{{{','.join(texts)}}}"
-
-
-def _with_unit(value: float, units: Sequence[tuple[str, float]]) -> str:
-    name, size = next((unit for unit in units if value >= unit[1]), units[-1])
-    scaled = value / size
-    decimals = 0 if scaled == int(scaled) < 1000 else 2 if scaled < 10 else 1 if scaled < 100 else 0
-    return f"{scaled:.{decimals}f} {name}"

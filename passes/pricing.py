@@ -18,7 +18,7 @@ from alpa_lite.ir.flops import is_matmul
 from alpa_lite.ir.graph import op_key
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
 from alpa_lite.passes import op_traits
-from alpa_lite.passes.contract import Contraction, Layout
+from alpa_lite.passes.decision_graph import Contraction, Layout
 from alpa_lite.passes.program import FlatOp
 from alpa_lite.passes.reshard import ALL_GATHER, ALL_TO_ALL, COLLECTIVES, plan_reshard
 from alpa_lite.passes.strategies import StrategySet

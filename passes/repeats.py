@@ -18,7 +18,7 @@ import numpy as np
 
 from alpa_lite.ir.graph import BACKWARD, FORWARD, UPDATE, op_key
 from alpa_lite.passes import op_traits
-from alpa_lite.passes.contract import Contraction, Node
+from alpa_lite.passes.decision_graph import Contraction, Node
 
 _ROUNDS = 3
 _MIN_PERIOD = 2

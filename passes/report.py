@@ -12,7 +12,7 @@ from alpa_lite.errors import PlanError
 from alpa_lite.ir.sharding import ShardingSpec
 from alpa_lite.passes.build import Candidate, PlanningInputs
 from alpa_lite.passes.compiler_merges import merge_notes
-from alpa_lite.passes.contract import NONE, Contraction, Layout
+from alpa_lite.passes.decision_graph import NONE, Contraction, Layout
 from alpa_lite.passes.decisions import Decisions, collectives
 from alpa_lite.passes.memory import MemoryProfile, describe_time, profile_memory
 from alpa_lite.passes.plan import Alternative, Collective, Decision, Plan, Predicted, SolveReport

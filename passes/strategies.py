@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
-from alpa_lite.passes.contract import NONE, Layout, Node
+from alpa_lite.passes.decision_graph import NONE, Layout, Node
 
 PARTIAL = -2
 """In an axis's place: values of the node are pending sums along this axis."""

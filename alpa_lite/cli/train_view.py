@@ -14,7 +14,8 @@ from alpa_lite.cli.output import Report, make_table, progress_bar
 from alpa_lite.cli.trial import Difference, Run, StepReport
 from alpa_lite.models import ModelSetup
 from alpa_lite.passes.plan import Plan
-from alpa_lite.passes.plan_text import axis_rows, format_seconds, layout_rows, summary_rows
+from alpa_lite.passes.plan_text import axis_rows, layout_rows, summary_rows
+from alpa_lite.passes.units import format_seconds
 
 LOSS_LINES = 8
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from alpa_lite.errors import InfeasibleError, SolverTimeoutError
+from alpa_lite.passes.units import format_bytes
 
 from .elimination import eliminate, plan_elimination
 from .milp import build_milp, build_peak_milp, read_solution, solve_milp
@@ -23,7 +24,6 @@ from .reduced_graph import ContradictionError
 
 _MAX_ELIMINATION_ENTRIES = 1e8
 _NUM_CONTRIBUTORS = 5
-_GIB = 2.0**30
 _PEAK_RTOL = 1e-9
 
 
@@ -63,8 +63,8 @@ def explain_infeasible(problem: IntraOpProblem, *, time_limit_s: float) -> tuple
         return peak.choice
     if not peak.proven:
         raise SolverTimeoutError(
-            f"No choice that fits {_gib(problem.memory_budget_bytes)} was found in time; the "
-            f"smallest peak found is {_gib(peak.peak_bytes)}. Raise time_limit_s."
+            f"No choice that fits {format_bytes(problem.memory_budget_bytes)} was found in time; "
+            f"the smallest peak found is {format_bytes(peak.peak_bytes)}. Raise time_limit_s."
         )
     raise _memory_error(problem, peak, problem.memory[int(row_bytes.argmax())])
 
@@ -186,11 +186,12 @@ def _memory_error(problem: IntraOpProblem, peak: SmallestPeak, row: MemoryRow) -
     budget_bytes = problem.memory_budget_bytes
     breakdown = _breakdown(problem, row, peak.choice)
     largest = list(breakdown.items())[:_NUM_CONTRIBUTORS]
+    missing_bytes = peak.peak_bytes - budget_bytes
     return InfeasibleError(
-        f"No choice of strategies fits {_gib(budget_bytes)} per device: the smallest peak is "
-        f"{_gib(peak.peak_bytes)}, {_gib(peak.peak_bytes - budget_bytes)} too much, at "
+        f"No choice of strategies fits {format_bytes(budget_bytes)} per device: the smallest peak "
+        f"is {format_bytes(peak.peak_bytes)}, {format_bytes(missing_bytes)} too much, at "
         f"{row.name!r}. Largest there: "
-        + ", ".join(f"{name} {_gib(size)}" for name, size in largest)
+        + ", ".join(f"{name} {format_bytes(size)}" for name, size in largest)
         + ". Use more devices, a larger memory_budget_bytes, more microbatches, or "
         "rematerialisation.",
         need_bytes=peak.peak_bytes,
@@ -209,9 +210,3 @@ def _breakdown(
         name = problem.names[node]
         total[name] = total.get(name, 0.0) + float(term[choice[node]])
     return dict(sorted(total.items(), key=lambda item: -item[1]))
-
-
-def _gib(size: float) -> str:
-    """Bytes as GiB, with enough digits for small test problems."""
-    gib = size / _GIB
-    return f"{gib:.2f} GiB" if abs(gib) >= 1 else f"{gib:.3g} GiB"

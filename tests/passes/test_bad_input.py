@@ -158,11 +158,11 @@ def test_too_small_a_budget_says_how_much_is_missing_and_what_would_help() -> No
     with pytest.raises(InfeasibleError) as caught:
         solve_plan(args=args, method=AutoParallel(memory_budget_bytes=budget, num_microbatches=1))
     error, text = caught.value, str(caught.value)
-    short = re.search(r"fits ([\d.]+) GiB.* peak is ([\d.]+) GiB, ([\d.]+) GiB too much", text)
+    short = re.search(r"fits ([\d.]+) MiB.* peak is ([\d.]+) MiB, ([\d.]+) MiB too much", text)
     assert short is not None, text
     have, need, missing = map(float, short.groups())
-    assert have == pytest.approx(budget / 2**30, rel=0.02)
-    assert missing == pytest.approx(need - have, abs=0.02)
+    assert have == pytest.approx(budget / 2**20)
+    assert missing == pytest.approx(need - have, abs=1)
     assert (
         "more microbatches" in text and "memory_budget_bytes" in text and "Largest there: " in text
     )
@@ -176,14 +176,14 @@ def test_methods_that_replicate_need_more_memory() -> None:
     args = floats(4096, 4096), floats(16, 4096)
     plan = solve_plan(args=args, method=AutoParallel(memory_budget_bytes=60 * 2**20))
     assert plan.predicted.peak_bytes <= 60 * 2**20
-    with pytest.raises(InfeasibleError, match="GiB too much"):
+    with pytest.raises(InfeasibleError, match=r"\d+ (B|MiB) too much"):
         solve_plan(args=args, method=DataParallel(memory_budget_bytes=60 * 2**20))
 
 
 def test_microbatches_that_are_no_way_out_do_not_hide_the_reason() -> None:
     """The step does not fit, and its outputs do not allow microbatches: the first is the reason."""
     step = step_with_aux(lambda w, x: (x @ w).T)
-    with pytest.raises(InfeasibleError, match="GiB too much"):
+    with pytest.raises(InfeasibleError, match=r"\d+ (B|MiB) too much"):
         solve_plan(step, method=AutoParallel(memory_budget_bytes=100))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from alpa_lite.cost_model import Cluster
 from alpa_lite.ir.sharding import Mesh
-from alpa_lite.passes.contract import Contraction
+from alpa_lite.passes.decision_graph import Contraction
 from alpa_lite.passes.decisions import Decisions, collectives, decide
 from alpa_lite.passes.methods import AutoParallel
 from alpa_lite.passes.microbatch import check_outputs
