@@ -295,8 +295,8 @@ def parse_partition_spec(
     """Check a user's `PartitionSpec` against an array and a mesh.
 
     Raises:
-      PlanError: more entries than dims, an unknown axis, an axis named twice, or a dim that does
-        not divide.
+      PlanError: more entries than dims, an unknown axis, an axis named twice, axes of a dim in
+        another order than the mesh's, or a dim that does not divide.
     """
     if len(spec) > len(shape):
         raise PlanError(f"{spec} has {len(spec)} entries but {name} has {len(shape)} dims")
@@ -308,7 +308,13 @@ def parse_partition_spec(
         unknown = [a for a in axes if a not in mesh.names]
         if unknown:
             raise PlanError(f"{spec} of {name} names axis {unknown[0]!r}; the mesh is {mesh}")
-        dims.append(tuple(sorted(axes, key=mesh.names.index)))
+        in_order = tuple(sorted(axes, key=mesh.names.index))
+        if axes != in_order:
+            raise PlanError(
+                f"{spec} of {name} splits a dim over mesh axes {axes}; axes of one dim follow the "
+                f"order of the mesh, {mesh}. Write {in_order}, or give mesh_shape in another order."
+            )
+        dims.append(in_order)
     used = [axis for axes in dims for axis in axes]
     if len(set(used)) != len(used):
         raise PlanError(f"{spec} of {name} names a mesh axis twice; each can split one dim")

@@ -275,8 +275,8 @@ def verify_plan(plan: Plan, where: str = "plan") -> None:
     """Invariants between fields.
 
     Raises:
-      PlanError: a spec or decision names an axis the mesh lacks, the mesh does not fill the
-        cluster, or a decision names a dim it does not have.
+      PlanError: a spec or decision names an axis the mesh lacks, the axes of a dim are not in the
+        mesh's order, the mesh does not fill the cluster, or a decision names a dim it does not have.
     """
     if plan.mesh.num_devices != plan.cluster.num_devices:
         raise PlanError(
@@ -291,6 +291,13 @@ def verify_plan(plan: Plan, where: str = "plan") -> None:
                 f"{where}: inputs[{name!r}] uses mesh axis {wrong[0]!r}; the mesh has "
                 f"{sorted(known)}"
             )
+        for d, axes in enumerate(spec.dims):
+            in_order = sorted(axes, key=plan.mesh.names.index)
+            if list(axes) != in_order:
+                raise PlanError(
+                    f"{where}: inputs[{name!r}] splits dim {d} over {list(axes)}; axes of one dim "
+                    f"follow the order of the mesh: {in_order}"
+                )
     for i, collective in enumerate(plan.predicted.collectives):
         wrong = sorted(set(collective.axes) - known)
         if wrong:

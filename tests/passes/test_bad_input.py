@@ -246,6 +246,7 @@ def pinned(specs: dict[str, Any]) -> ManualParallel:
         ({"w": P("ep")}, r"of w names axis 'ep'; the mesh is dp=2xtp=2"),
         ({"w": P("dp", "tp", None)}, r"has 3 entries but w has 2 dims"),
         ({"w": P("tp", "tp")}, r"of w names a mesh axis twice"),
+        ({"w": P(("tp", "dp"))}, r"follow the order of the mesh, .* Write \('dp', 'tp'\)"),
         ({"w": P(P.UNCONSTRAINED)}, r"a dim takes None, an axis or a tuple of axes"),
     ],
     ids=str,

@@ -339,3 +339,11 @@ def test_with_inputs_checks_what_it_is_given(plan: Plan) -> None:
         plan.with_inputs({"w": [["z"], []]})
     with pytest.raises(PlanError, match=r"inputs\['w'\]: a mesh axis may be used once"):
         plan.with_inputs({"w": [[axis], [axis]]})
+
+
+def test_axes_of_one_dim_follow_the_order_of_the_mesh() -> None:
+    method = alpa_lite.AutoParallel(mesh_shape={"dp": 2, "tp": 2})
+    plan = alpa_lite.parallelize(linear_step, method=method, cluster="a100-80:2x2").plan(W, X)
+    assert plan.with_inputs({"w": [["dp", "tp"], []]}).inputs["w"].dims == (("dp", "tp"), ())
+    with pytest.raises(PlanError, match=r"inputs\['w'\] splits dim 0 .*: \['dp', 'tp'\]"):
+        plan.with_inputs({"w": [["tp", "dp"], []]})
