@@ -46,7 +46,7 @@ _MAX_PER_HOST: Mapping[str, int] = MappingProxyType(
 def parse_cluster(spec: str) -> Cluster:
     """See `Cluster.parse`."""
     form = "KIND:HOSTSxDEVICES or KIND:DEVICES, for example h100:4x8 or cpu:8"
-    match = re.fullmatch(r"([a-z0-9-]+):(?:(\d{1,6})x)?(\d{1,6})", spec.strip().lower())
+    match = re.fullmatch(r"([a-z0-9-]+):(?:([0-9]{1,6})x)?([0-9]{1,6})", spec.strip().lower())
     if match is None:
         raise ClusterError("", f"cluster {show(spec)} has not the form {form}, nor of a .json path")
     kind, hosts, devices = match[1], int(match[2] or 1), int(match[3])

@@ -8,6 +8,7 @@ they do not prescribe, so all of them are priced, planned and run by the same co
 from __future__ import annotations
 
 import fnmatch
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,11 +18,14 @@ from jax.sharding import PartitionSpec
 
 from alpa_lite.errors import InfeasibleError, PlanError
 from alpa_lite.ir.graph import UPDATE
-from alpa_lite.ir.sharding import Mesh, ShardingSpec
+from alpa_lite.ir.sharding import MAX_MESH_AXES, Mesh, ShardingSpec
 from alpa_lite.passes.decision_graph import NONE, Contraction, Node
 from alpa_lite.passes.strategies import PARTIAL, Assignment, StrategySet, layout_spec
 
 MeshShape = Sequence[int] | Mapping[str, int]
+
+
+_HUGE = 1e18  # a million terabytes, or longer than the universe is old
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +55,12 @@ class Method:
             )
         for name in ("memory_budget_bytes", "time_limit_s"):
             value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-            if not number and not (value is None and name == "memory_budget_bytes"):
-                raise ValueError(f"{name} must be a positive number, found {value!r}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (number and 0 < value < _HUGE) and not (
+                value is None and name == "memory_budget_bytes"
+            ):
+                found = reprlib.repr(value)
+                raise ValueError(f"{name} must be a positive number below {_HUGE:g}, found {found}")
         if self.mesh_shape is not None:
             _check_mesh_shape(self.mesh_shape)
 
@@ -109,6 +116,13 @@ class ManualParallel(Method):
     specs: Mapping[str, PartitionSpec] = field(default_factory=dict)
 
     def __init__(self, specs: Mapping[str, PartitionSpec] | None = None, **options: Any) -> None:
+        if not (specs is None or isinstance(specs, Mapping)) or any(
+            not isinstance(pattern, str) for pattern in specs or ()
+        ):
+            raise TypeError(
+                "ManualParallel takes a mapping from path patterns to PartitionSpecs, such as "
+                f'{{"state.params.*": P("tp")}}; found {specs!r}'
+            )
         object.__setattr__(self, "specs", dict(specs or {}))
         for name, spec in Method.__dataclass_fields__.items():
             object.__setattr__(self, name, options.pop(name, spec.default))
@@ -253,10 +267,13 @@ def _check_mesh_shape(shape: Any) -> None:
             "mesh_shape must be a sequence of sizes, or a mapping from axis names to sizes, found "
             f"{shape!r}"
         )
-    if not 1 <= len(shape) <= 4:
-        raise ValueError(f"mesh_shape must have one to four axes, found {shape!r}")
+    if not 1 <= len(shape) <= MAX_MESH_AXES:
+        raise ValueError(f"mesh_shape must have 1 to {MAX_MESH_AXES} axes, found {shape!r}")
     sizes = shape.values() if isinstance(shape, Mapping) else shape
-    if any(not isinstance(n, int) or isinstance(n, bool) or n == 0 or n < -1 for n in sizes):
+    if any(
+        not isinstance(n, int | np.integer) or isinstance(n, bool) or n == 0 or n < -1
+        for n in sizes
+    ):
         raise ValueError(
             f"mesh_shape {shape!r}: sizes must be positive integers, or -1 for the rest"
         )

@@ -15,7 +15,7 @@ from typing import Any
 
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import PlanError
-from alpa_lite.ir.sharding import Mesh, ShardingSpec
+from alpa_lite.ir.sharding import MAX_MESH_AXES, Mesh, ShardingSpec
 from alpa_lite.passes import plan_schema
 from alpa_lite.passes.memory import CATEGORIES
 from alpa_lite.passes.plan_text import describe_plan
@@ -165,6 +165,8 @@ class Plan:
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"no folder {path.parent} to write the plan {path.name} to")
         text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -276,8 +278,14 @@ def verify_plan(plan: Plan, where: str = "plan") -> None:
 
     Raises:
       PlanError: a spec or decision names an axis the mesh lacks, the axes of a dim are not in the
-        mesh's order, the mesh does not fill the cluster, or a decision names a dim it does not have.
+        mesh's order, the mesh has too many axes or does not fill the cluster, or a decision names
+        a dim it does not have.
     """
+    if len(plan.mesh.axes) > MAX_MESH_AXES:
+        raise PlanError(
+            f"{where}: mesh {plan.mesh} has {len(plan.mesh.axes)} axes; "
+            f"at most {MAX_MESH_AXES} are planned for"
+        )
     if plan.mesh.num_devices != plan.cluster.num_devices:
         raise PlanError(
             f"{where}: mesh {plan.mesh} has {plan.mesh.num_devices} devices but cluster "
@@ -320,6 +328,14 @@ def verify_plan(plan: Plan, where: str = "plan") -> None:
 
 
 def _spec(dims: Sequence[Sequence[str]], name: str, where: str) -> ShardingSpec:
+    fine = isinstance(dims, list | tuple) and all(
+        isinstance(axes, list | tuple) and all(isinstance(a, str) for a in axes) for axes in dims
+    )
+    if not fine:
+        raise PlanError(
+            f"{where}: inputs[{name!r}] must be a list of mesh axes for every dim, such as "
+            f'[["tp"], []]; found {dims!r}'
+        )
     try:
         return ShardingSpec(tuple(tuple(axes) for axes in dims))
     except ValueError as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 
 from alpa_lite.cost_model import MeshCostModel
-from alpa_lite.errors import PlanError
+from alpa_lite.errors import InfeasibleError, PlanError
 from alpa_lite.ir.sharding import ShardingSpec
 from alpa_lite.passes.build import Candidate, PlanningInputs
 from alpa_lite.passes.compiler_merges import merge_notes
@@ -17,7 +17,8 @@ from alpa_lite.passes.decisions import Decisions, collectives
 from alpa_lite.passes.memory import MemoryProfile, describe_time, profile_memory
 from alpa_lite.passes.plan import Alternative, Collective, Decision, Plan, Predicted, SolveReport
 from alpa_lite.passes.pricing import compute_s
-from alpa_lite.passes.strategies import PARTIAL, Assignment, StrategySet
+from alpa_lite.passes.strategies import MAX_FACTORS, PARTIAL, Assignment, StrategySet
+from alpa_lite.passes.units import format_bytes
 
 _PARTIAL_LABEL = "partial"
 
@@ -35,6 +36,12 @@ def make_plan(
         notes.append(
             f"{best.pruned} strategies that leave devices idle were left out on this "
             f"{len(d.mesh.axes)}-axis mesh"
+        )
+    wide = sum(len(node.factors) > MAX_FACTORS for node in inputs.contraction.nodes)
+    if wide:
+        notes.append(
+            f"{wide} decisions have more than {MAX_FACTORS} dims that could be split; those that "
+            "most bytes have were considered"
         )
     return Plan(
         name=name,
@@ -127,8 +134,10 @@ def describe_decisions(inputs: PlanningInputs, decisions: Decisions) -> tuple[De
 
 def assignments_of(
     plan: Plan, contraction: Contraction, classes: Sequence[int], graph_hash: str
-) -> list[Assignment]:
-    """Assignment of every node according to a plan, edits of its inputs included.
+) -> tuple[list[Assignment], tuple[str, ...]]:
+    """Assignment of every node according to a plan, and the inputs that differ from decisions.
+
+    Where `plan.inputs` and the decision of an input's node differ, the input wins.
 
     Raises:
       PlanError: the plan was made for another graph, or an edited spec is impossible.
@@ -136,9 +145,14 @@ def assignments_of(
     if plan.graph_hash != graph_hash:
         raise PlanError(
             f"the plan {plan.name!r} was made for another step: its graph hash is "
-            f"{plan.graph_hash}, this step's is {graph_hash}. Shapes, model code, optimizer or "
-            "versions differ; plan again."
+            f"{plan.graph_hash}, this step's with {plan.num_microbatches} microbatches is "
+            f"{graph_hash}. Shapes, model code, optimizer, versions or num_microbatches differ; "
+            "plan again."
         )
+    unknown = sorted(set(plan.pins) - set(contraction.input_links()))
+    if unknown:
+        raise PlanError(f"pins[{unknown[0]!r}] is no input of the step; remove it")
+    members = Counter(classes[node.id] for node in contraction.nodes)
     records = iter(plan.decisions)
     by_class: dict[int, Assignment] = {}
     for node in contraction.nodes:
@@ -156,6 +170,11 @@ def assignments_of(
                 f"{record.name if record else 'the end of the list'}. Decisions may be edited in "
                 "place but not added, removed or moved."
             )
+        if record.count != members[cls]:
+            raise PlanError(
+                f"the plan says {record.count} nodes decide like {node.name}; in the step there "
+                f"are {members[cls]}. Only `axes` of a decision may be edited."
+            )
         if record.axes and "partial" in record.axes.values() and not node.can_be_partial:
             raise PlanError(f"{node.name} cannot stay a pending sum")
         by_class[cls] = tuple(
@@ -168,19 +187,47 @@ def assignments_of(
     return _apply_inputs(plan, contraction, assignments)
 
 
-def replan(plan: Plan, inputs: PlanningInputs, decisions: Decisions) -> Plan:
-    """A loaded plan with predictions that belong to its (possibly edited) decisions."""
+def replan(
+    plan: Plan, inputs: PlanningInputs, decisions: Decisions, overridden: Sequence[str] = ()
+) -> Plan:
+    """A loaded plan with predictions that belong to its (possibly edited) decisions.
+
+    Args:
+      plan: as loaded.
+      inputs: of the step.
+      decisions: what the plan says.
+      overridden: inputs whose specs differ from the decisions in the plan.
+
+    Raises:
+      InfeasibleError: the plan needs more memory than its own budget.
+    """
     prices = MeshCostModel(plan.cluster, plan.mesh.axes)
     profile = profile_memory(
         inputs.contraction, inputs.liveness, plan.mesh, decisions.result_specs,
         decisions.operand_specs,
     )  # fmt: skip
+    if profile.peak_bytes > plan.memory_budget_bytes * (1 + 1e-9):
+        raise InfeasibleError(
+            f"the plan {plan.name!r} needs {format_bytes(profile.peak_bytes)} per device, more "
+            f"than its memory_budget_bytes, {format_bytes(plan.memory_budget_bytes)}. Undo what "
+            "was edited, or raise the budget if the devices have more.",
+            need_bytes=profile.peak_bytes, budget_bytes=plan.memory_budget_bytes,
+            row=describe_time(decisions.contraction.ops[profile.peak_op]),
+            breakdown=profile.by_category,
+        )  # fmt: skip
     predicted = predict(inputs, decisions, prices, profile)
+    records = describe_decisions(inputs, decisions)
     same = abs(predicted.step_s - plan.predicted.step_s) <= 1e-6 * predicted.step_s
-    if same and dict(plan.inputs) == input_specs(decisions):
+    if same and records == plan.decisions and dict(plan.inputs) == input_specs(decisions):
         return plan
     solve = replace(plan.solve, status="given", objective_s=predicted.step_s)
-    return replace(plan, inputs=input_specs(decisions), predicted=predicted, solve=solve)
+    notes = dict.fromkeys(plan.notes)
+    if overridden:
+        notes[f"inputs win over the decisions of their nodes: {', '.join(overridden)}"] = None
+    return replace(
+        plan, inputs=input_specs(decisions), decisions=records, predicted=predicted, solve=solve,
+        notes=tuple(notes),
+    )  # fmt: skip
 
 
 def chosen_strategies(inputs: PlanningInputs, decisions: Decisions) -> list[StrategySet]:
@@ -205,8 +252,8 @@ def versions() -> dict[str, str]:
 
 def _apply_inputs(
     plan: Plan, contraction: Contraction, assignments: list[Assignment]
-) -> list[Assignment]:
-    """Let the specs in `plan.inputs` win over the decisions of their nodes."""
+) -> tuple[list[Assignment], tuple[str, ...]]:
+    """Let the specs in `plan.inputs` win over the decisions of their nodes; which ones did."""
     links = contraction.input_links()
     if set(links) != set(plan.inputs):
         odd = min(set(links) ^ set(plan.inputs))
@@ -227,7 +274,7 @@ def _apply_inputs(
         edited[node] = (name, wanted)
     for node, (_, wanted) in edited.items():
         assignments[node] = wanted
-    return assignments
+    return assignments, tuple(name for name, _ in edited.values())
 
 
 def _assignment_for(

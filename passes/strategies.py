@@ -19,7 +19,7 @@ from alpa_lite.passes.decision_graph import NONE, Layout, Node
 PARTIAL = -2
 """In an axis's place: values of the node are pending sums along this axis."""
 
-_MAX_FACTORS = 8
+MAX_FACTORS = 8
 """Only so many dims of a node are ever split: those that most bytes have. Merged nodes of unrolled
 models collect hundreds of minor dims (of masks, position tables), contractions have at most six."""
 
@@ -83,7 +83,7 @@ def enumerate_strategies(node: Node, mesh: Mesh, *, max_strategies: int = 128) -
         among them always.
     """
     order = sorted(range(len(node.factors)), key=lambda i: -node.factors[i].num_bytes)
-    factors = sorted(order[:_MAX_FACTORS])
+    factors = sorted(order[:MAX_FACTORS])
     options: list[list[int]] = []
     for _, size in mesh.axes:
         choices = [NONE]

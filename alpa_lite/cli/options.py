@@ -112,7 +112,7 @@ def parse_microbatches(text: str) -> int | Literal["auto"]:
     """`auto` or a positive number."""
     if text == "auto":
         return "auto"
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise InputError(f"--num-microbatches {text!r} is neither a positive number nor auto")
     return int(text)
 
@@ -123,7 +123,7 @@ def parse_mesh(text: str) -> MeshShape:
     pairs = [part.strip().rpartition("=") for part in text.split(",")]
     sizes = [size.strip() for _, _, size in pairs]
     names = [name.strip() for name, _, _ in pairs]
-    if not all(size.isdecimal() and int(size) >= 1 for size in sizes):
+    if not all(size.isascii() and size.isdecimal() and int(size) >= 1 for size in sizes):
         raise InputError(f"--mesh {text!r} is not {form}")
     if not any(names):
         return tuple(map(int, sizes))

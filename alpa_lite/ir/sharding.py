@@ -12,6 +12,9 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+MAX_MESH_AXES = 4
+"""More are neither searched nor accepted."""
+
 
 @dataclass(frozen=True, slots=True)
 class Mesh:

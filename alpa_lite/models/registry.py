@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -51,6 +52,9 @@ def build(
         >>> build("llama3-405b", scan_layers=True).num_parameters
         405853388800
     """
+    for option, number in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
+        if not (number is None and option == "clip_norm"):
+            _check_type(option, 1.0, number)
     for configs, make_setup in _families():
         if name in configs:
             config = _override(name, configs[name], overrides)
@@ -75,9 +79,26 @@ def _override(name: str, config: Any, overrides: Mapping[str, Any]) -> Any:
     for field in overrides:
         if field not in fields:
             raise ValueError(f"Preset {name!r} has no field {field!r}. {_known(field, fields)}")
-    return dataclasses.replace(
-        config, **{field: _plain(field, value) for field, value in overrides.items()}
-    )
+    plain = {field: _plain(field, value) for field, value in overrides.items()}
+    for field, value in plain.items():
+        _check_type(field, getattr(config, field), value)
+    return dataclasses.replace(config, **plain)
+
+
+def _check_type(field: str, default: Any, value: Any) -> None:
+    """A value of the kind of the default; sizes fit 32 bits, as array dims and token ids must."""
+    if isinstance(default, bool):
+        fine, wanted = isinstance(value, bool), "True or False"
+    elif isinstance(default, int):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        fine, wanted = whole and abs(value) < 2**31, "a whole number below 2**31"
+    elif isinstance(default, float):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        fine, wanted = number and math.isfinite(value), "a finite number"
+    else:
+        return
+    if not fine:
+        raise ValueError(f"{field} must be {wanted}, found {value!r}")
 
 
 def _plain(field: str, value: Any) -> Any:

@@ -66,6 +66,12 @@ def test_unknown_optimizer_is_named():
         ("dtype", "int32", "must name a floating-point dtype"),
         ("dtype", "nonsense", "must name a floating-point dtype"),
         ("dtype", None, "must name a floating-point dtype"),
+        ("vocab_size", 10**12, r"vocab_size must be a whole number below 2\*\*31, found 10000"),
+        ("num_layers", "two", "num_layers must be a whole number .*, found 'two'"),
+        ("remat", "yes", "remat must be True or False, found 'yes'"),
+        ("dropout_rate", "x", "dropout_rate must be a finite number, found 'x'"),
+        ("learning_rate", "abc", "learning_rate must be a finite number, found 'abc'"),
+        ("clip_norm", "1", "clip_norm must be a finite number, found '1'"),
     ],
 )
 def test_bad_values_are_explained(field, value, message):

@@ -69,7 +69,7 @@ def test_mesh_shape_must_fill_the_cluster(shape: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(), (1, 1, 1, 2, 2), dict.fromkeys("abcde", 1)])
 def test_mesh_shape_has_one_to_four_axes(shape: Any) -> None:
-    with pytest.raises(ValueError, match="mesh_shape must have one to four axes"):
+    with pytest.raises(ValueError, match="mesh_shape must have 1 to 4 axes"):
         ShardParallel(mesh_shape=shape)
 
 
@@ -102,16 +102,32 @@ def test_mesh_axis_names_are_identifiers() -> None:
         ("num_microbatches", 0, 'must be a positive integer or "auto", found 0'),
         ("num_microbatches", 2.0, 'must be a positive integer or "auto", found 2.0'),
         ("num_microbatches", True, 'must be a positive integer or "auto", found True'),
-        ("memory_budget_bytes", -1, "memory_budget_bytes must be a positive number, found -1"),
+        (
+            "memory_budget_bytes",
+            -1,
+            "memory_budget_bytes must be a positive number below 1e+18, found -1",
+        ),
         ("memory_budget_bytes", math.nan, "memory_budget_bytes must be a positive number"),
-        ("memory_budget_bytes", "8 GiB", "must be a positive number, found '8 GiB'"),
-        ("time_limit_s", 0, "time_limit_s must be a positive number, found 0"),
-        ("time_limit_s", None, "time_limit_s must be a positive number, found None"),
+        ("memory_budget_bytes", 10**400, "must be a positive number below 1e+18, found 1000"),
+        ("memory_budget_bytes", float("inf"), "below 1e+18, found inf"),
+        ("memory_budget_bytes", "8 GiB", "must be a positive number below 1e+18, found '8 GiB'"),
+        ("time_limit_s", 0, "time_limit_s must be a positive number below 1e+18, found 0"),
+        ("time_limit_s", None, "time_limit_s must be a positive number below 1e+18, found None"),
     ],
 )
 def test_options_of_methods_are_checked(option: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         AutoParallel(**{option: value})
+
+
+def test_sizes_of_numpy_are_sizes() -> None:
+    assert ShardParallel(mesh_shape=(np.int64(4),)) == ShardParallel(mesh_shape=(4,))
+
+
+@pytest.mark.parametrize("specs", [{3: P("tp")}, P("tp"), [("w", P("tp"))]], ids=str)
+def test_pins_are_a_mapping_from_patterns(specs: Any) -> None:
+    with pytest.raises(TypeError, match="takes a mapping from path patterns to PartitionSpecs"):
+        ManualParallel(specs, mesh_shape={"tp": 4})
 
 
 def test_unknown_solver() -> None:

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import alpa_lite
-from alpa_lite.errors import PlanError
+from alpa_lite.errors import InfeasibleError, PlanError
 from alpa_lite.passes.plan import Plan
 
 Keys = tuple[str | int, ...]
@@ -198,6 +198,7 @@ BROKEN: list[tuple[Keys, Any, str]] = [
     (("mesh", 0, 1), 0, r"mesh\[0\]\[1\]: expected a whole number of at least 1, found 0"),
     (("mesh", 0, 1), 2.0, r"expected a whole number of at least 1, found 2\.0"),
     (("mesh", 0, 1), True, r"expected a whole number of at least 1, found True"),
+    (("mesh",), [[f"x{i}", 1] for i in range(5)], r"has 5 axes; at most 4 are planned for"),
     (("mesh", 0, 1), 8, r"has 16 devices but cluster a100-80:2x2 has 4"),
     (("num_microbatches",), -1, r"num_microbatches: expected a whole number of at least 1"),
     (("num_microbatches",), None, r"num_microbatches: expected .*, found None"),
@@ -347,3 +348,52 @@ def test_axes_of_one_dim_follow_the_order_of_the_mesh() -> None:
     assert plan.with_inputs({"w": [["dp", "tp"], []]}).inputs["w"].dims == (("dp", "tp"), ())
     with pytest.raises(PlanError, match=r"inputs\['w'\] splits dim 0 .*: \['dp', 'tp'\]"):
         plan.with_inputs({"w": [["tp", "dp"], []]})
+
+
+@pytest.mark.parametrize("spec", ["dp", ["dp"], None, [[1], []], 3])
+def test_with_inputs_takes_axes_per_dim(plan: Plan, spec: Any) -> None:
+    with pytest.raises(PlanError, match="must be a list of mesh axes for every dim"):
+        plan.with_inputs({"w": spec})
+
+
+def test_a_plan_is_not_written_into_a_folder_that_is_missing(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*nowhere to write the plan p\.json"):
+        plan.save(tmp_path / "nowhere" / "p.json")
+
+
+# Edits, when the plan meets its step.
+
+
+def reloaded(data: Any) -> Plan:
+    """The plan as `parallelize` shows it after restoring it for its step."""
+    return alpa_lite.parallelize(linear_step, plan=Plan.from_json(data)).plan(W, X)
+
+
+def test_an_unedited_plan_is_restored_as_it_is(plan: Plan) -> None:
+    assert reloaded(plan.to_json()) == plan
+
+
+def test_inputs_win_over_decisions_and_the_plan_says_so(plan: Plan) -> None:
+    data: Any = plan.to_json()
+    index, record = next((i, d) for i, d in enumerate(data["decisions"]) if d["name"] == "w")
+    other = next(f for f in record["factors"] if f not in record["axes"].values())
+    data["decisions"][index]["axes"] = {plan.mesh.names[0]: other}
+    found = reloaded(data)
+    assert found.inputs == plan.inputs and found.decisions == plan.decisions
+    assert "inputs win over the decisions of their nodes: w" in found.notes
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("memory_budget_bytes",), 1.0, r"needs .*, more than its memory_budget_bytes, 1 B"),
+        (("pins",), {"nothing": "P('x')"}, r"pins\['nothing'\] is no input of the step"),
+        (("decisions", 0, "count"), 7, r"says 7 nodes decide like .*; in the step there are 1"),
+        (("num_microbatches",), 2, r"with 2 microbatches .* or num_microbatches differ"),
+    ],
+)
+def test_edits_that_do_not_fit_the_step(plan: Plan, keys: Keys, value: Any, message: str) -> None:
+    data: Any = plan.to_json()
+    holder(data, list(keys[:-1]))[keys[-1]] = value
+    with pytest.raises((PlanError, InfeasibleError), match=message):
+        reloaded(data)

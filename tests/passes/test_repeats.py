@@ -147,7 +147,7 @@ def classes_by_input(inputs: PlanningInputs) -> Mapping[str, int]:
         ("gpt-test", "cpu:8", (8,)),
         ("gpt-test", "cpu:8", (2, 4)),
         ("gpt-125m", "h100:2x4", (2, 4)),
-        ("llama-test", "cpu:8", (2, 4)),
+        ("llama-test", "cpu:8", (8,)),
     ],
 )
 def test_sharing_does_not_change_the_optimum_of_equal_layers(

@@ -44,6 +44,9 @@ QUICK = {
     ("llama-test", "shard", (2, 2, 2)), ("moe-test", "data", (8,)),
 }  # fmt: skip
 
+# Smoke: a model with a scan, one without.
+SMOKE = {("mlp-test", "auto", (2, 4)), ("llama-scan-test", "zero2", (2, 4))}
+
 # float32 sums of a few thousand terms in another order differ by about 1e-6 relative; three steps
 # of a network with softmax and norms amplify that by some tens.
 RTOL = 1e-4
@@ -85,13 +88,19 @@ def to_numpy(x: Any) -> np.ndarray:
     return np.asarray(x).astype(np.float64) if x.dtype != bool else np.asarray(x)
 
 
-def check(model: str, method: alpa_lite.AutoParallel, rtol: float = RTOL, **options: Any) -> Any:
-    """Three steps under a method's plan against the reference; returns the executable."""
+def check(
+    model: str, method: alpa_lite.AutoParallel, rtol: float = RTOL, *, quick: bool = False,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """Three steps under a method's plan against the reference; returns the executable.
+
+    `quick` compiles the sharded step without XLA's optimizations of the code of each device.
+    """
     options = {"optimizer": "sgd", **options}
     setup, batches, expected = reference(model, tuple(sorted(options.items())))
     step = alpa_lite.parallelize(setup.step, method=method, cluster=fast_links())
     state = new_state(setup)
-    with quick_compilation():
+    with quick_compilation(quick):
         executable = step.compile(state, batches[0])
     for number, (batch, wanted) in enumerate(zip(batches, expected, strict=True)):
         state, aux = step(state, batch)
@@ -109,7 +118,8 @@ def check(model: str, method: alpa_lite.AutoParallel, rtol: float = RTOL, **opti
 CASES = [
     pytest.param(
         model, method, mesh, id=f"{model}-{method}-{'x'.join(map(str, mesh))}",
-        marks=() if (model, method, mesh) in QUICK else pytest.mark.slow,
+        marks=[pytest.mark.smoke] * ((model, method, mesh) in SMOKE)
+        + [pytest.mark.slow] * ((model, method, mesh) not in QUICK),
     )
     for model in MODELS
     for method in METHODS
@@ -119,7 +129,8 @@ CASES = [
 
 @pytest.mark.parametrize(("model", "method", "mesh"), CASES)
 def test_sharded_equals_unsharded(model: str, method: str, mesh: tuple[int, ...]) -> None:
-    executable = check(model, METHODS[method](mesh_shape=mesh))
+    quick = (model, method, mesh) not in QUICK
+    executable = check(model, METHODS[method](mesh_shape=mesh), quick=quick)
     predicted = {(c.kind, c.axes): c.bytes_per_step for c in executable.plan.predicted.collectives}
     assert predicted, "the plan splits nothing, so this compares nothing"
     # Of the other models XLA merges some collectives of equal values: `passes.compiler_merges`.
@@ -147,12 +158,15 @@ def test_clip_by_global_norm() -> None:
     check("gpt-test", alpa_lite.Zero3Parallel(mesh_shape=(8,)), clip_norm=0.1)
 
 
-@pytest.mark.parametrize("mesh", [(2, 4), pytest.param((8,), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "mesh",
+    [pytest.param((2, 4), marks=pytest.mark.smoke), pytest.param((8,), marks=pytest.mark.slow)],
+)
 def test_dropout_masks_are_those_of_one_device(mesh: tuple[int, ...]) -> None:
     check("gpt-test", alpa_lite.AutoParallel(mesh_shape=mesh), dropout_rate=0.1)
 
 
-@pytest.mark.parametrize("method", ["auto", "data", "zero3"])
+@pytest.mark.parametrize("method", ["auto", "data", pytest.param("zero3", marks=pytest.mark.smoke)])
 def test_two_microbatches_equal_one_batch(method: str) -> None:
     check("mlp-test", METHODS[method](mesh_shape=(2, 4), num_microbatches=2))
 
@@ -175,6 +189,7 @@ def test_rematerialisation(model: str) -> None:
     check(model, alpa_lite.AutoParallel(mesh_shape=(2, 4)), remat=True)
 
 
+@pytest.mark.smoke
 def test_multi_steps_accumulate_in_the_optimizer() -> None:
     """`optax.MultiSteps` decides with `lax.cond` whether to apply an update."""
     tx = optax.MultiSteps(optax.sgd(0.1), every_k_schedule=2)
