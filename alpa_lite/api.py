@@ -15,6 +15,8 @@ from alpa_lite.passes.methods import AutoParallel, Method
 from alpa_lite.passes.pipeline import PlannedStep, Progress, StepArgs, plan_step, restore
 from alpa_lite.passes.plan import Plan
 from alpa_lite.passes.rules import RuleTable
+from alpa_lite.runtime.arguments import OwnResults, refuse_traced
+from alpa_lite.runtime.calling import Argnums, BoundCall, bind_call, signature_of
 from alpa_lite.runtime.cluster import attached_cluster
 from alpa_lite.runtime.lower import Executable, device_mesh, lower_step, sharding
 
@@ -35,6 +37,9 @@ def parallelize(
     decorated function plans and compiles on first use, then runs; results equal the undecorated
     step's.
 
+    Argument numbers are those of `jax.jit`: positions in the signature, negative ones from the last
+    argument passed. A method is wrapped once it is bound: `self.step = parallelize(self.step)`.
+
     Args:
       fn: the step.
       method: how to parallelize; `AutoParallel()` searches everything.
@@ -44,7 +49,12 @@ def parallelize(
       donate_argnums: state arguments, returned first and updated in place; `()` for a function
         that returns no state.
       static_argnums: hashable arguments that are compile-time constants.
-      plan: run this plan instead of searching.
+      plan: run this plan instead of searching. With `cluster`, it must be a plan for that cluster;
+        without, it runs on any attached devices of the same number.
+
+    Raises:
+      TypeError: `fn` is not callable, or `method` or `plan` is something else.
+      PlanError: `plan` was made for another cluster than `cluster`.
 
     Example:
       >>> import jax, jax.numpy as jnp, alpa_lite
@@ -75,25 +85,44 @@ class ParallelStep:
         batch_argnums: Sequence[int], donate_argnums: Sequence[int],
         static_argnums: Sequence[int], plan: Plan | None,
     ) -> None:  # fmt: skip
+        if not callable(fn):
+            raise TypeError(
+                f"parallelize takes a function, found {fn!r} of type {type(fn).__name__}; options "
+                "are passed by name, as in parallelize(step, method=...)"
+            )
         if not isinstance(method, Method):
             raise TypeError(f"method must be a Method such as AutoParallel(), found {method!r}")
         functools.update_wrapper(self, fn)
         self._fn = fn
+        self._signature = signature_of(fn)
+        self._name = getattr(fn, "__name__", type(fn).__name__)
         self._method = method
         self._cluster = None if cluster is None else Cluster.resolve(cluster)
-        self._batch_argnums = _as_tuple(batch_argnums)
-        self._donate_argnums = _as_tuple(donate_argnums)
-        self._static_argnums = _as_tuple(static_argnums)
-        self._given_plan = plan
+        self._argnums = Argnums(*map(_as_tuple, (batch_argnums, donate_argnums, static_argnums)))
+        self._given_plan = _checked_plan(plan, self._cluster)
         self._rules = RuleTable()
         self._planned: dict[Any, PlannedStep] = {}
         self._executables: dict[Any, Executable] = {}
-        self._last: PlannedStep | None = None
+        self._own = OwnResults()
+        self._last: tuple[PlannedStep, tuple[int, ...]] | None = None
+        """The latest plan, and where its state stands among the arguments that are not static."""
+
+    def __get__(self, instance: Any, owner: type | None = None) -> ParallelStep:
+        """Refuse to be a method: nothing here takes `self`."""
+        if instance is None:
+            return self
+        raise TypeError(
+            f"a parallelized step is no method and takes no self, found {self._name!r} on a "
+            f"{type(instance).__name__}. Decorate it after it is bound, in __init__: "
+            f"self.{self._name} = parallelize(self.{self._name}); or make it a staticmethod."
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run one step, planning and compiling it first if these shapes are new."""
-        args = self._positional(args, kwargs)
-        return self.compile(*args)(*self._dynamic(args))
+        call = bind_call(self._signature, self._argnums, args, kwargs)
+        leaves = jax.tree.leaves(call.dynamic)
+        refuse_traced(leaves, call.leaf_names, self._name)
+        return self._compile(call).run(leaves)
 
     def plan(self, *args: Any, progress: Progress | None = None, **kwargs: Any) -> Plan:
         """The plan for these arguments; `jax.ShapeDtypeStruct`s will do, no device is needed.
@@ -107,57 +136,61 @@ class ParallelStep:
           InfeasibleError: nothing fits the memory.
           StepError: the step does not return its state first.
         """
-        return self._plan(self._positional(args, kwargs), progress).plan
+        call = bind_call(self._signature, self._argnums, args, kwargs)
+        return self._plan(call, call.key(), progress).plan
 
     def compile(self, *args: Any, **kwargs: Any) -> Executable:
         """The compiled program for these arguments, on the attached devices."""
-        args = self._positional(args, kwargs)
-        key = self._key(args)
-        if key not in self._executables:
-            planned = self._plan(args, None)
-            dynamic = self._dynamic(args)
-            leaves = [jax.tree.leaves(a) for a in dynamic]
-            starts = [sum(map(len, leaves[:i])) for i in range(len(leaves))]
-            call = self._call(args)
-            donate = [starts[a] + i for a in call.donate_argnums for i in range(len(leaves[a]))]
-            avals = [_aval(x) for each in leaves for x in each]
-            self._executables[key] = lower_step(planned, avals, donate)
-        return self._executables[key]
+        return self._compile(bind_call(self._signature, self._argnums, args, kwargs))
 
     def init(self, init_fn: Callable[..., Any], *args: Any) -> Any:
         """Create the state already sharded: `init_fn` runs on the devices, nothing is copied.
 
         Args:
-          init_fn: returns the step's first argument.
+          init_fn: returns the state: the step's donated argument, or a tuple of them if there are
+            several; the first argument if none is donated.
           *args: arguments of `init_fn`. If no plan has been made yet, the step's other arguments
             (the batch) are taken from the end of `args`: both `init(init_fn, key, batch)` with
             `init_fn(key)` and with `init_fn(key, batch)` work.
 
         Raises:
-          StepError: no plan exists and the batch is not among `args`.
+          StepError: no plan exists and the batch is not among `args`, or `init_fn` returns another
+            structure, shape or dtype than the state was planned with.
         """
-        init_args = args
         if self._last is None:
-            init_args = self._plan_for_init(init_fn, args)
+            args = self._plan_for_init(init_fn, args)
         assert self._last is not None
-        plan = self._last.plan
-        mesh = device_mesh(plan.mesh)
-        shapes = jax.eval_shape(init_fn, *init_args)
-        links = list(plan.inputs.values())
-        leaves, tree = jax.tree.flatten(shapes)
-        expected = self._last.decisions.contraction.program.step.in_tree.children()[0]
+        planned, state = self._last
+        leaves, tree = jax.tree.flatten(jax.eval_shape(init_fn, *args))
+        step = planned.decisions.contraction.program.step
+        trees = [step.in_tree.children()[i] for i in state]
+        expected = trees[0] if len(trees) == 1 else jax.tree_util.treedef_tuple(trees)
         if tree != expected:
             raise StepError(f"init_fn returns {tree}; the step was planned for a state {expected}")
-        shardings = jax.tree.unflatten(tree, [sharding(mesh, s) for s in links[: len(leaves)]])
-        return jax.jit(init_fn, out_shardings=shardings)(*init_args)
+        positions = [p for i in state for p in step.argument_range(i)]
+        for leaf, position in zip(leaves, positions, strict=True):
+            value = step.graph.values[step.graph.inputs[position]]
+            if (leaf.shape, leaf.dtype) != (value.shape, value.dtype):
+                raise StepError(
+                    f"init_fn must return the state that the step was planned for: "
+                    f"{step.graph.input_names[position]} should be "
+                    f"{value.dtype}{list(value.shape)}, found {leaf.dtype}{list(leaf.shape)}. "
+                    "Change init_fn, or plan for its state: .plan(state_shapes, batch)"
+                )
+        mesh, specs = device_mesh(planned.plan.mesh), list(planned.plan.inputs.values())
+        shardings = jax.tree.unflatten(tree, [sharding(mesh, specs[p]) for p in positions])
+        return jax.jit(init_fn, out_shardings=shardings)(*args)
 
     def _plan_for_init(self, init_fn: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Plan from what `init` was given; returns the arguments that are `init_fn`'s own."""
+        parameters = () if self._signature is None else self._signature.parameters.values()
         required = [
             p
-            for p in inspect.signature(self._fn).parameters.values()
+            for p in parameters
             if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
-        num_others = len(required) - 1
+        state = sorted({n % max(1, len(required)) for n in self._argnums.donate} or {0})
+        num_others = len(required) - len(state)
         if len(args) < num_others:
             raise StepError(
                 "init needs a plan: call .plan(state_shapes, batch) first, or pass the batch after "
@@ -165,110 +198,104 @@ class ParallelStep:
             )
         others = args[len(args) - num_others :]
         own = args[: len(args) - num_others]
-        signature = inspect.signature(init_fn)
         try:
-            signature.bind(*own)
+            inspect.signature(init_fn).bind(*own)
         except TypeError:
             own = args
-        state = jax.eval_shape(init_fn, *own)
-        self._plan((state, *others), None)
+        made = jax.eval_shape(init_fn, *own)
+        parts = (made,) if len(state) == 1 else tuple(made)
+        values = list(others)
+        for position, part in zip(state, parts, strict=True):
+            values.insert(position, part)
+        call = bind_call(self._signature, self._argnums, tuple(values), {})
+        self._plan(call, call.key(), None)
         return own
 
-    def _plan(self, args: tuple[Any, ...], progress: Progress | None) -> PlannedStep:
-        key = self._key(args)
+    def _compile(self, call: BoundCall) -> Executable:
+        key = call.key()
+        if key not in self._executables:
+            planned = self._plan(call, key, None)
+            leaves = [jax.tree.leaves(a) for a in call.dynamic]
+            starts = [sum(map(len, leaves[:i])) for i in range(len(leaves))]
+            donated = self._step_args(call).donate_argnums
+            donate = [starts[a] + i for a in donated for i in range(len(leaves[a]))]
+            avals = call.avals(jax.tree.leaves(call.dynamic))
+            self._executables[key] = lower_step(planned, avals, donate, own=self._own)
+        return self._executables[key]
+
+    def _plan(self, call: BoundCall, key: Any, progress: Progress | None) -> PlannedStep:
+        step = self._step_args(call)
         if key not in self._planned:
-            call = self._call(args)
-            cluster = self._cluster or attached_cluster()
             if self._given_plan is not None:
-                self._check_cluster(self._given_plan)
-                planned = restore(self._given_plan, call, self._method, table=self._rules)
+                planned = restore(self._given_plan, step, self._method, table=self._rules)
             else:
+                cluster = self._cluster or attached_cluster()
                 planned = plan_step(
-                    call, self._method, cluster, table=self._rules, progress=progress
+                    step, self._method, cluster, table=self._rules, progress=progress
                 )
             self._planned[key] = planned
-        self._last = self._planned[key]
-        return self._last
+        self._last = self._planned[key], step.donate_argnums or (0,)
+        return self._planned[key]
 
-    def _check_cluster(self, plan: Plan) -> None:
-        if self._cluster is not None and self._cluster.num_devices != plan.cluster.num_devices:
-            raise PlanError(
-                f"the plan was made for {plan.cluster.name} with {plan.cluster.num_devices} "
-                f"devices, not for {self._cluster.name} with {self._cluster.num_devices}; "
-                "plan again"
-            )
-
-    def _call(self, args: tuple[Any, ...]) -> StepArgs:
+    def _step_args(self, call: BoundCall) -> StepArgs:
         """The step with static arguments bound, and positions among the dynamic ones."""
-        static = {i: args[i] for i in self._static_argnums}
-        dynamic = [i for i in range(len(args)) if i not in static]
-        fn = self._fn
-
-        @functools.wraps(fn)
-        def bound(*values: Any) -> Any:
-            full = dict(zip(dynamic, values, strict=True)) | static
-            return fn(*(full[i] for i in range(len(full))))
-
-        for kind, numbers in (("batch", self._batch_argnums), ("donate", self._donate_argnums)):
-            for n in numbers:
-                if n in static:
-                    raise StepError(f"argument {n} cannot be both static and in {kind}_argnums")
-        names = _parameter_names(fn, len(args))
+        dynamic = call.dynamic_positions
         return StepArgs(
-            fun=bound, args=self._dynamic(args), arg_names=tuple(names[i] for i in dynamic),
-            batch_argnums=tuple(dynamic.index(i) for i in self._batch_argnums),
-            donate_argnums=tuple(dynamic.index(i) for i in self._donate_argnums),
-            name=getattr(fn, "__name__", type(fn).__name__),
+            fun=_bind_static(self._fn, call), args=call.dynamic,
+            arg_names=tuple(call.names[i] for i in dynamic),
+            batch_argnums=tuple(dynamic.index(i) for i in call.batch),
+            donate_argnums=tuple(dynamic.index(i) for i in call.donate),
+            name=self._name,
         )  # fmt: skip
 
-    def _dynamic(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(a for i, a in enumerate(args) if i not in self._static_argnums)
 
-    def _positional(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        if not kwargs:
-            self._check_numbers(args)
-            return args
-        bound = inspect.signature(self._fn).bind(*args, **kwargs)
-        if bound.kwargs:
-            raise TypeError(
-                f"keyword-only argument {min(bound.kwargs)!r} is not supported; bind it with "
-                "functools.partial"
-            )
-        self._check_numbers(bound.args)
-        return bound.args
+def _bind_static(fn: Callable[..., Any], call: BoundCall) -> Callable[..., Any]:
+    """`fn` of the dynamic arguments alone, in their order in the call."""
+    static = {i: call.values[i] for i in call.static}
+    dynamic, count = call.dynamic_positions, call.num_positional
+    keywords = call.names[count:]
 
-    def _check_numbers(self, args: tuple[Any, ...]) -> None:
-        for kind, numbers in (
-            ("batch", self._batch_argnums),
-            ("donate", self._donate_argnums),
-            ("static", self._static_argnums),
-        ):
-            for n in numbers:
-                if not 0 <= n < len(args):
-                    raise StepError(
-                        f"{kind}_argnums names argument {n}, but the step was called with "
-                        f"{len(args)} arguments, counted from 0"
-                    )
+    @functools.wraps(fn)
+    def bound(*values: Any) -> Any:
+        given = dict(zip(dynamic, values, strict=True)) | static
+        named = {name: given[count + i] for i, name in enumerate(keywords)}
+        return fn(*(given[i] for i in range(count)), **named)
 
-    def _key(self, args: tuple[Any, ...]) -> Any:
-        leaves, tree = jax.tree.flatten(self._dynamic(args))
-        static = tuple(args[i] for i in self._static_argnums)
-        return tree, static, tuple((a.shape, a.dtype) for a in map(_aval, leaves))
+    return bound
 
 
-def _aval(leaf: Any) -> jax.ShapeDtypeStruct:
-    if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return jax.eval_shape(lambda: jax.numpy.asarray(leaf))
+def _checked_plan(plan: Any, cluster: Cluster | None) -> Plan | None:
+    """The plan, if it is one and was made for this cluster.
+
+    Without a cluster any will do: running a plan for other hardware on attached virtual devices is
+    how it is tried out.
+    """
+    if plan is None:
+        return None
+    if not isinstance(plan, Plan):
+        reader = "from_json(data)" if isinstance(plan, dict) else "load(path)"
+        raise TypeError(
+            f"plan must be a Plan, found {plan!r:.80} of type {type(plan).__name__}; read it with "
+            f"alpa_lite.Plan.{reader}"
+        )
+    if cluster is not None and _hardware(cluster) != _hardware(plan.cluster):
+        raise PlanError(
+            f"the plan {plan.name!r} was made for {_show(plan.cluster)} devices, not for "
+            f"{_show(cluster)}; plan again for that cluster, or drop cluster= to run the plan on "
+            "the attached devices"
+        )
+    return plan
+
+
+def _hardware(cluster: Cluster) -> tuple[int, int, str]:
+    return cluster.num_hosts, cluster.devices_per_host, cluster.device.name
+
+
+def _show(cluster: Cluster) -> str:
+    return (
+        f"{cluster.name}, {cluster.device.name}: {cluster.num_hosts} x {cluster.devices_per_host}"
+    )
 
 
 def _as_tuple(numbers: int | Sequence[int]) -> tuple[int, ...]:
     return (numbers,) if isinstance(numbers, int) else tuple(numbers)
-
-
-def _parameter_names(fn: Callable[..., Any], count: int) -> list[str]:
-    try:
-        names = list(inspect.signature(fn).parameters)
-    except (TypeError, ValueError):
-        names = []
-    return [names[i] if i < len(names) else f"arg{i}" for i in range(count)]

@@ -29,15 +29,20 @@ def backend_has_started() -> bool:
     return xla_bridge.backends_are_initialized()
 
 
-def source_line(source_info: Any) -> str:
+def source_line(source_infos: Sequence[Any]) -> str:
     """`file.py:line (function)` of the user's frame that made an equation, or `""`.
 
     That is the innermost frame outside of JAX, Flax, Optax and this package (its models count as
     user code); where there is none, the innermost frame.
+
+    Args:
+      source_infos: of the equation and of the calls around it, innermost first. JAX cuts the frames
+        of a jitted function's equations at its border, so the caller's are those of the call.
     """
-    if source_info is None:
-        return ""
-    frames = source_info_util.summarize(source_info, num_frames=_MAX_FRAMES).splitlines()
+    frames: list[str] = []  # innermost last
+    for info in source_infos:
+        outer = source_info_util.summarize(info, num_frames=_MAX_FRAMES).splitlines()
+        frames = outer + frames
     theirs = [frame for frame in frames if not _LIBRARY_FRAME.match(frame)]
     return (theirs or frames or [""])[-1]
 
@@ -45,6 +50,20 @@ def source_line(source_info: Any) -> str:
 def has_side_effect(eqn: Any) -> bool:
     """Whether an equation prints, calls back or otherwise does more than compute its results."""
     return any(type(effect).__name__ != "NamedAxisEffect" for effect in eqn.effects)
+
+
+def equation_params(eqn: Any) -> dict[str, Any]:
+    """The parameters of an equation, in the form that holds in the whole window.
+
+    A `scan` says how many of its operands are constants and carries (`num_consts`, `num_carry`),
+    where jax 0.12 has the pytrees of its operands and results (`ft_in`, `ft_out`).
+    """
+    params = dict(eqn.params)
+    if eqn.primitive.name == "scan" and "ft_in" in params:
+        consts, carry, _ = params.pop("ft_in").unpack()
+        del params["ft_out"]
+        params |= {"num_consts": len(consts), "num_carry": len(carry)}
+    return params
 
 
 def scope_name(source_info: Any) -> str:

@@ -1,8 +1,8 @@
 """Gradient accumulation: what runs once per microbatch, and how its outputs combine.
 
 The loss is a mean over the batch; so loss, gradients and floating-point aux are averaged, integer
-aux are summed, per-example outputs are concatenated. Anything else is an error that names the
-output: nothing is ever silently wrong.
+aux are summed, per-example outputs are concatenated. Anything else that can be told is an error
+that names the output; what is assumed is a note of the plan.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from alpa_lite.errors import StepError
 from alpa_lite.ir.graph import Graph, Literal, Op, Operand
 from alpa_lite.ir.trace import TracedStep
+from alpa_lite.passes.microbatch_flow import BatchFlow, batch_flow
 
 MEAN = "mean"
 SUM = "sum"
@@ -82,7 +83,89 @@ def check_outputs(full: TracedStep, micro: TracedStep, count: int) -> tuple[str,
                 "example nor independent of the batch size, so microbatches cannot be combined. "
                 "Drop it or use num_microbatches=1."
             )
+    _check_flow(_flow(full, micro), micro, from_loop, count)
     return tuple(kinds)
+
+
+def combination_notes(
+    full: TracedStep, micro: TracedStep, kinds: tuple[str, ...], count: int
+) -> tuple[str, ...]:
+    """What several microbatches assume, and how they were combined: notes for the plan.
+
+    Args:
+      full: the step traced at the full batch size.
+      micro: the same at microbatch size.
+      kinds: how each output leaf combines, from `check_outputs`.
+      count: number of microbatches.
+    """
+    if count == 1:
+        return ()
+    from_loop = _loop_results(full, micro)
+    names: dict[str, list[str]] = {MEAN: [], SUM: [], CONCATENATE: []}
+    for name, value, kind in zip(micro.graph.output_names, micro.graph.outputs, kinds, strict=True):
+        if kind and value in from_loop:
+            names[kind].append(name)
+    texts = {MEAN: "averaged", SUM: "summed", CONCATENATE: "put back in the order of the batch"}
+    how = "; ".join(f"{texts[kind]}: {_some(found)}" for kind, found in names.items() if found)
+    notes = [
+        f"with {count} microbatches the loss is taken to be a mean over the batch, and gradients "
+        "are averaged; a loss that is a sum would be too small, and statistics such as those of "
+        f"batch norm are of one microbatch. {how}".rstrip(". ")
+    ]
+    flow = _flow(full, micro)
+    if flow is None:
+        notes.append(
+            "the step is not traced alike for the batch and for a microbatch: whether its outputs "
+            "can be combined was checked by their types and shapes only"
+        )
+    else:
+        notes += dict.fromkeys(
+            f"{op.name} at {op.source or op.scope or 'an unknown place'} acts across the rows of "
+            f"one of {count} microbatches, not of the batch"
+            for op in flow.across
+        )
+    return tuple(notes)
+
+
+def _some(names: list[str]) -> str:
+    """Names for a note, which has room for a few."""
+    more = len(names) - _NAMES_IN_NOTES
+    listed = ", ".join(names[:_NAMES_IN_NOTES])
+    return f"{listed} and {more} more" if more > 0 else listed
+
+
+_NAMES_IN_NOTES = 8
+
+
+def _flow(full: TracedStep, micro: TracedStep) -> BatchFlow | None:
+    return batch_flow(full.graph, micro.graph, _resized_inputs(full, micro))
+
+
+def _check_flow(flow: BatchFlow | None, micro: TracedStep, from_loop: set[int], count: int) -> None:
+    """Nothing leaves the loop that comes from the rows in a way that cannot be combined."""
+    if flow is None or not from_loop:
+        return
+    if flow.twice:
+        op = flow.twice[0]
+        raise StepError(
+            f"rows of the batch interact: {op.name} at {op.source or op.scope or 'the loss'} "
+            f"multiplies every row with every other row, as a contrastive loss does, and {count} "
+            "microbatches would see only pairs of their own. Use num_microbatches=1."
+        )
+    (region,) = micro.graph.grad_regions
+    after = {v for op in micro.graph.ops[region.last_op :] for v in op.operand_ids}
+    named = {v: "an aux output of the loss function" for v in region.aux if v in after}
+    named[region.loss] = "the loss"
+    for name, value in zip(micro.graph.output_names, micro.graph.outputs, strict=True):
+        if not isinstance(value, Literal) and value in from_loop:
+            named[value] = f"output {name}"
+    for value, what in named.items():
+        problem = flow.flows[value].problem() if value in flow.flows else ""
+        if problem:
+            raise StepError(
+                f"{what} cannot be combined over {count} microbatches: {problem}, or use "
+                "num_microbatches=1."
+            )
 
 
 def _loop_results(full: TracedStep, micro: TracedStep) -> set[int]:

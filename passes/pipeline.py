@@ -44,7 +44,7 @@ from alpa_lite.passes.decisions import Decisions, decide
 from alpa_lite.passes.memory import analyse_liveness
 from alpa_lite.passes.meshes import candidate_meshes, name_axes
 from alpa_lite.passes.methods import Method
-from alpa_lite.passes.microbatch import check_outputs, find_microbatch_loop
+from alpa_lite.passes.microbatch import check_outputs, combination_notes, find_microbatch_loop
 from alpa_lite.passes.plan import Alternative, Plan
 from alpa_lite.passes.pricing import count_work
 from alpa_lite.passes.program import Program, build_program
@@ -125,6 +125,8 @@ def _plan_step(
             full = full or (traced if count == 1 else trace_call(call, 1))
             kinds = check_outputs(full, traced, count)
             contraction, inputs = prepare(traced, call, count, method, cluster, table)
+            notes = combination_notes(full, traced, kinds, count)
+            inputs = replace(inputs, notes=(*notes, *inputs.notes))
         except StepError:
             if failure is None:
                 raise
@@ -209,8 +211,20 @@ def prepare(
     return contraction, PlanningInputs(
         contraction=contraction, classes=classes, liveness=analyse_liveness(contraction),
         work=count_work(contraction, classes), method=method, cluster=cluster, pins=pins,
-        notes=(*program.notes, *replicated_notes(program, rules)),
+        notes=(*program.notes, *replicated_notes(program, rules), *_capture_notes(traced)),
     )  # fmt: skip
+
+
+def _capture_notes(traced: TracedStep) -> tuple[str, ...]:
+    """Whether a gradient was taken in a way that its structure could not be kept."""
+    graph = traced.graph
+    if graph.grad_regions or all("transpose(" not in op.scope for op in graph.walk()):
+        return ()
+    return (
+        "no gradient computation was captured, so the step is planned as one graph and cannot be "
+        "split into microbatches: call alpa_lite.value_and_grad, or jax.value_and_grad looked up "
+        "inside the step (a name imported from jax before is not seen)",
+    )
 
 
 def flatten(traced: TracedStep, call: StepArgs, count: int) -> Program:
@@ -255,17 +269,23 @@ def restore(plan: Plan, call: StepArgs, method: Method, *, table: RuleTable) -> 
     """Rebuild the layouts of a loaded plan for a step.
 
     Raises:
-      PlanError: the plan belongs to another step.
+      PlanError: the plan belongs to another step, or an edit is impossible.
+      InfeasibleError: the plan needs more memory than its own budget.
     """
     from alpa_lite.passes.report import assignments_of, replan
 
     count = plan.num_microbatches
     traced = trace_call(call, count)
-    kinds = check_outputs(trace_call(call, 1) if count > 1 else traced, traced, count)
+    full = trace_call(call, 1) if count > 1 else traced
+    kinds = check_outputs(full, traced, count)
     contraction, inputs = prepare(traced, call, count, method, plan.cluster, table, plan.pins)
-    assignments = assignments_of(plan, contraction, inputs.classes, graph_hash(traced.graph))
+    notes = combination_notes(full, traced, kinds, count)
+    inputs = replace(inputs, notes=(*notes, *inputs.notes))
+    assignments, overridden = assignments_of(
+        plan, contraction, inputs.classes, graph_hash(traced.graph)
+    )
     decisions = decide(contraction, plan.mesh, assignments)
-    return PlannedStep(replan(plan, inputs, decisions), decisions, kinds)
+    return PlannedStep(replan(plan, inputs, decisions, overridden), decisions, kinds)
 
 
 def dump(name: str, text: Callable[[], str]) -> None:

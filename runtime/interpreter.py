@@ -307,16 +307,36 @@ class Interpreter:
             self._straight(graph, inner_path, inner)
             return inner
 
+        predicate = cond.outputs[0]
+        rank = len(
+            predicate.shape if isinstance(predicate, Literal) else cond.values[predicate].shape
+        )
+
         def test(carry: Any) -> Any:
             inner = scope(cond_base, cond, 0, carry)
-            return self._replicated(inner, (*path, (op.id, 0)), cond.outputs[0])
+            goes_on = self._replicated(inner, (*path, (op.id, 0)), predicate)
+            return jnp.any(goes_on) if rank else goes_on
 
         def step(carry: Any) -> Any:
             inner = scope(body_base, body, 1, carry)
-            return [
+            new = [
                 self._carried(link, not isinstance(o, Literal), out, inner)
                 for link, o, out in zip(carries, outside, body.outputs, strict=True)
             ]
+            return select(carry, new) if rank else new
+
+        def select(old: Sequence[Any], new: Sequence[Any]) -> list[Any]:
+            """Of a batch of loops, those that are done keep their values."""
+            inner = scope(cond_base, cond, 0, old)
+            assert not isinstance(predicate, Literal)
+            value = self.program.value_at[(*path, (op.id, 0)), predicate]
+            kept = []
+            for link, a, b in zip(carries, old, new, strict=True):
+                spec = self.d.value_spec(link.results[0])
+                goes_on = self._convert(inner, value, ShardingSpec(spec.dims[:rank]))
+                mask = jax.lax.broadcast_in_dim(goes_on, a.shape, range(rank))
+                kept.append(jax.lax.select_n(mask, a, b))
+            return kept
 
         init = [self._initial(link, o, env) for link, o in zip(carries, outside, strict=True)]
         for link, value in zip(carries, jax.lax.while_loop(test, step, init), strict=True):

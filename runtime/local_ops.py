@@ -47,6 +47,8 @@ class LocalOp:
 def run_op(op: LocalOp, operands: Sequence[Any], mesh: Mesh) -> list[jax.Array]:
     """Local results of one op."""
     name = op.primitive.name
+    if name == "sharding_constraint":
+        return list(operands)  # layouts are the plan's
     if name == "iota":
         return [_iota(op, operands, mesh)]
     if name == "random_bits":
@@ -151,9 +153,9 @@ def _shift(
     op: LocalOp, indices: jax.Array, local_shape: tuple[int, ...], mesh: Mesh
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Indices relative to this device's part; whether each falls into it, and into the whole."""
-    clip = op.params["mode"] == GatherScatterMode.CLIP
+    clip = _clips(op)
     split = {component: axes for component, _, axes in _indexed_dims(op, mesh)}
-    indices = indices.astype(jnp.int32)
+    indices = _to_int32(indices)
     inside = jnp.ones(indices.shape[:-1], bool)
     valid = jnp.ones(indices.shape[:-1], bool)
     for component, dim in enumerate(_addressed_dims(op)):
@@ -167,6 +169,25 @@ def _shift(
             inside &= (index >= 0) & (index < local_shape[dim])
         indices = indices.at[..., component].set(index)
     return indices, inside, valid
+
+
+def _clips(op: LocalOp) -> bool:
+    """Whether indices out of bounds count as the nearest in bounds.
+
+    XLA clamps those of a gather that JAX does not check, such as `table[i]`, and drops those of a
+    scatter.
+    """
+    unchecked = op.params["mode"] == GatherScatterMode.PROMISE_IN_BOUNDS
+    gathers = op.primitive.name == "gather"
+    return op.params["mode"] == GatherScatterMode.CLIP or (unchecked and gathers)
+
+
+def _to_int32(indices: jax.Array) -> jax.Array:
+    """Indices beyond what 32 bits hold stay out of bounds, on the same side."""
+    given, held = jnp.iinfo(indices.dtype), jnp.iinfo(jnp.int32)
+    if given.max > held.max:
+        indices = jnp.clip(indices, max(given.min, held.min), held.max)
+    return indices.astype(jnp.int32)
 
 
 def _gather(op: LocalOp, operands: Sequence[Any], mesh: Mesh) -> jax.Array:

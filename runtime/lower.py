@@ -16,13 +16,15 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from alpa_lite.errors import PlanError
+from alpa_lite.ir.graph import Graph, Literal, Operand
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
 from alpa_lite.passes.pipeline import PlannedStep
 from alpa_lite.passes.plan import Plan
+from alpa_lite.runtime.arguments import Inputs, OwnResults, find_rivals, place
 from alpa_lite.runtime.interpreter import Interpreter
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Executable:
     """A step ready to run.
 
@@ -30,30 +32,46 @@ class Executable:
       plan: what it does.
       mesh: the devices.
       compiled: JAX's compiled program.
-      in_shardings: per input leaf.
+      inputs: its input leaves.
       in_tree, out_tree: pytree structures of arguments and result.
+      own: results of the latest call.
     """
 
     plan: Plan
     mesh: jax.sharding.Mesh
     compiled: Any
-    in_shardings: tuple[NamedSharding, ...]
-    in_avals: tuple[jax.ShapeDtypeStruct, ...]
+    inputs: Inputs
     in_tree: Any
     out_tree: Any
+    own: OwnResults
+
+    @property
+    def in_shardings(self) -> tuple[NamedSharding, ...]:
+        """Layout of every input leaf."""
+        return self.inputs.shardings
 
     def __call__(self, *args: Any) -> Any:
-        """Run one step; arguments are laid out as planned if they are not yet."""
+        """Run one step; arguments are laid out as planned if they are not yet.
+
+        Args:
+          *args: the arguments without static ones; those passed by keyword last, by name.
+
+        Raises:
+          TypeError: the arguments have another structure, shape or dtype, or are traced.
+          ValueError: an argument was deleted or donated.
+        """
         leaves, tree = jax.tree.flatten(args)
         if tree != self.in_tree:
             raise TypeError(
                 f"the step was compiled for arguments {self.in_tree}, called with {tree}"
             )
-        placed = [
-            _place(x, aval, sharding)
-            for x, aval, sharding in zip(leaves, self.in_avals, self.in_shardings, strict=True)
-        ]
-        return jax.tree.unflatten(self.out_tree, self.compiled(*placed))
+        return self.run(leaves)
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run one step on the leaves of its arguments."""
+        results = self.compiled(*place(self.inputs, leaves, self.own))
+        self.own.replace(results)
+        return jax.tree.unflatten(self.out_tree, results)
 
     def as_text(self) -> str:
         """The optimised HLO."""
@@ -62,15 +80,16 @@ class Executable:
 
 def lower_step(
     planned: PlannedStep, full_avals: Sequence[Any], donate: Sequence[int],
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[jax.Device] | None = None, own: OwnResults | None = None,
 ) -> Executable:  # fmt: skip
     """Compile a planned step.
 
     Args:
       planned: plan and layouts.
-      full_avals: shape and dtype of every input leaf, at the full batch size.
+      full_avals: shape, dtype and weak type of every input leaf, at the full batch size.
       donate: positions of the input leaves to donate.
       devices: in mesh order; the attached ones by default.
+      own: where programs that hand on one state keep which arrays they returned.
 
     Raises:
       PlanError: the plan needs another number of devices.
@@ -83,27 +102,37 @@ def lower_step(
         d.result_specs[program.link_at["input", (), i]][0] for i in range(len(program.graph.inputs))
     ]
     out_specs = interpreter.output_specs()
+    weak = [_is_weak(program.graph, operand) for operand in program.graph.outputs]
     step = jax.shard_map(
-        lambda *inputs: tuple(interpreter.run(inputs)),
+        lambda *inputs: tuple(map(_with_weak_type, interpreter.run(inputs), weak)),
         mesh=mesh,
         in_specs=tuple(s.partition_spec() for s in in_specs),
         out_specs=tuple(s.partition_spec() for s in out_specs),
         check_vma=False,
     )
-    in_shardings = tuple(sharding(mesh, s) for s in in_specs)
-    avals = tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in full_avals)
+    # One object per layout: that a result lies where the next call wants it is then seen at once.
+    shardings = {s: sharding(mesh, s) for s in (*in_specs, *out_specs)}
+    in_shardings = tuple(shardings[s] for s in in_specs)
+    avals = tuple(
+        jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False))
+        for a in full_avals
+    )
     jitted = jax.jit(
         step,
         in_shardings=in_shardings,
-        out_shardings=tuple(sharding(mesh, s) for s in out_specs),
+        out_shardings=tuple(shardings[s] for s in out_specs),
         donate_argnums=tuple(donate),
         keep_unused=True,
         compiler_options=compiler_options(mesh.devices.flat[0].platform),
     )
     compiled = jitted.lower(*avals).compile()
     traced = program.step
+    inputs = Inputs(
+        traced.graph.input_names, avals, in_shardings, frozenset(donate),
+        find_rivals(avals, in_shardings, donate),
+    )  # fmt: skip
     return Executable(
-        planned.plan, mesh, compiled, in_shardings, avals, traced.in_tree, traced.out_tree
+        planned.plan, mesh, compiled, inputs, traced.in_tree, traced.out_tree, own or OwnResults()
     )
 
 
@@ -139,9 +168,13 @@ def sharding(mesh: jax.sharding.Mesh, spec: ShardingSpec) -> NamedSharding:
     return NamedSharding(mesh, spec.partition_spec())
 
 
-def _place(x: Any, aval: jax.ShapeDtypeStruct, wanted: NamedSharding) -> Any:
-    if isinstance(x, jax.Array) and x.committed and x.sharding.is_equivalent_to(wanted, x.ndim):
+def _is_weak(graph: Graph, operand: Operand) -> bool:
+    aval = operand.aval if isinstance(operand, Literal) else graph.values[operand].aval
+    return getattr(aval, "weak_type", False)
+
+
+def _with_weak_type(x: Any, weak: bool) -> Any:
+    """`x` as weak as it was traced: state must come out as it went in, or the next call differs."""
+    if getattr(jax.typeof(x), "weak_type", False) == weak:
         return x
-    if not isinstance(x, jax.Array):
-        x = np.asarray(x, aval.dtype)
-    return jax.device_put(x, wanted)
+    return jax.lax.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=weak, sharding=None)

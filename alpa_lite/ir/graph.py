@@ -92,14 +92,16 @@ class Op:
     Attributes:
       id: position in `Graph.ops`.
       primitive: the JAX primitive.
-      params: its parameters, without nested jaxprs (those are `subgraphs`).
+      params: its parameters as `compat.equation_params` gives them, without nested jaxprs (those
+        are `subgraphs`).
       operands: value ids or literals.
       results: value ids.
       subgraphs: bodies, by parameter name (`scan`: body; `while`: cond, body; `cond`: branches).
       scope: module path kept by JAX in the name stack, e.g. `transpose(jvp(LM))/Block_1/Dense_0`.
       phase: forward, backward or update.
       flops: floating-point operations of the whole op, one execution, nested graphs included.
-      source_info: JAX's source info, read lazily by `source`.
+      source_infos: JAX's source infos of the equation and of the calls and loops around it,
+        innermost first; read lazily by `source`.
     """
 
     id: int
@@ -111,7 +113,7 @@ class Op:
     scope: str = ""
     phase: str = UPDATE
     flops: float = 0.0
-    source_info: Any = None
+    source_infos: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
@@ -126,7 +128,7 @@ class Op:
     @property
     def source(self) -> str:
         """`file.py:line` of the user's code, or `""` if JAX kept none."""
-        return compat.source_line(self.source_info)
+        return compat.source_line(self.source_infos)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -91,11 +91,8 @@ def trace(
 
 
 def _shape_struct(leaf: Any) -> jax.ShapeDtypeStruct:
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type)
-    if isinstance(leaf, bool | int | float | complex):
-        leaf = np.asarray(leaf, jax.dtypes.canonicalize_dtype(np.result_type(leaf)))
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+    aval = jax.typeof(leaf)
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 def _path_names(trees: Mapping[str, Any], order: Sequence[str]) -> tuple[str, ...]:
@@ -106,6 +103,29 @@ def _path_names(trees: Mapping[str, Any], order: Sequence[str]) -> tuple[str, ..
             text = jax.tree_util.keystr(path, simple=True, separator=".")
             names.append(".".join(part for part in (prefix, text) if part) or "value")
     return tuple(names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an equation comes from.
+
+    Attributes:
+      scope: name stacks of the calls around it and its own, joined.
+      source_infos: JAX's source infos of the equation and the calls around it, innermost first.
+    """
+
+    scope: str = ""
+    source_infos: tuple[Any, ...] = ()
+
+    def of(self, eqn: Any) -> _Place:
+        """The place of an equation in the body of what stands here."""
+        inner = compat.scope_name(eqn.source_info)
+        scope = "/".join(part for part in (self.scope, inner) if part)
+        return _Place(scope, (eqn.source_info, *self.source_infos))
+
+    def body(self) -> _Place:
+        """Where the nested graph of a loop or branch begins: its scopes are its own."""
+        return replace(self, scope="")
 
 
 class _Builder:
@@ -129,12 +149,13 @@ class _Builder:
         name: str,
         input_names: Sequence[str] = (),
         output_names: Sequence[str] = (),
+        place: _Place = _Place(),
         phase: str = "",
     ) -> Graph:
         jaxpr, consts = compat.jaxpr_parts(closed)
         inputs = tuple(self.new_value(v.aval) for v in jaxpr.invars)
         const_operands = self.constant_operands(jaxpr, consts)
-        outputs = self.inline(jaxpr, const_operands, inputs, scope="", phase=phase)
+        outputs = self.inline(jaxpr, const_operands, inputs, place=place, phase=phase)
         return Graph(
             name=name,
             values=tuple(self.values),
@@ -167,7 +188,7 @@ class _Builder:
         consts: Sequence[Operand],
         args: Sequence[Operand],
         *,
-        scope: str,
+        place: _Place,
         phase: str,
     ) -> list[Operand]:
         """Append the equations of `jaxpr`; returns its outputs."""
@@ -179,32 +200,31 @@ class _Builder:
 
         for eqn in jaxpr.eqns:
             operands = [read(atom) for atom in eqn.invars]
-            results = self.equation(eqn, operands, scope, phase)
+            results = self.equation(eqn, operands, place.of(eqn), phase)
             for var, out in zip(eqn.outvars, results, strict=True):
                 if not compat.is_drop_var(var):
                     env[var] = out
         return [read(atom) for atom in jaxpr.outvars]
 
     def equation(
-        self, eqn: Any, operands: list[Operand], outer: str, phase: str
+        self, eqn: Any, operands: list[Operand], place: _Place, phase: str
     ) -> Sequence[Operand]:
         """Append one equation, or what it stands for; returns its results."""
-        scope = "/".join(part for part in (outer, compat.scope_name(eqn.source_info)) if part)
         if eqn.primitive is value_and_grad_p:
-            return self.expand_grad(eqn.params["spec"], operands, scope)
+            return self.expand_grad(eqn.params["spec"], operands, place)
         if eqn.primitive is jax_primitives.remat_p:
             if eqn.params["prevent_cse"]:
-                operands = self.barrier(eqn, operands, scope, phase)
-            return self.inline(eqn.params["jaxpr"], (), operands, scope=scope, phase=phase)
+                operands = self.barrier(operands, place, phase)
+            return self.inline(eqn.params["jaxpr"], (), operands, place=place, phase=phase)
         body = _inlined_body(eqn)
         if body is not None:
             jaxpr, consts = compat.jaxpr_parts(body)
             const_operands = self.constant_operands(jaxpr, consts)
-            return self.inline(jaxpr, const_operands, operands, scope=scope, phase=phase)
-        phase_here = _phase(scope) if phase else UPDATE
-        subgraphs, params = self.split_params(eqn, phase)
+            return self.inline(jaxpr, const_operands, operands, place=place, phase=phase)
+        phase_here = _phase(place.scope) if phase else UPDATE
+        subgraphs, params = self.split_params(eqn, place, phase)
         if compat.has_side_effect(eqn) and not subgraphs:
-            where = compat.source_line(eqn.source_info) or scope or "an unknown place"
+            where = compat.source_line(place.source_infos) or place.scope or "an unknown place"
             self.notes.append(
                 f"{eqn.primitive.name} at {where} has a side effect: every device runs it, on "
                 "whole arrays, once per microbatch if it is in the loss function"
@@ -214,27 +234,29 @@ class _Builder:
         self.ops.append(
             Op(
                 len(self.ops), eqn.primitive, params, tuple(operands), results, subgraphs,
-                scope, phase_here, flops, eqn.source_info,
+                place.scope, phase_here, flops, place.source_infos,
             )
         )  # fmt: skip
         return results
 
-    def split_params(self, eqn: Any, phase: str) -> tuple[tuple[Graph, ...], dict[str, Any]]:
+    def split_params(
+        self, eqn: Any, place: _Place, phase: str
+    ) -> tuple[tuple[Graph, ...], dict[str, Any]]:
         """Nested graphs of a control-flow equation, and its other parameters."""
-        params = dict(eqn.params)
+        params = compat.equation_params(eqn)
         bodies: list[Any] = []
         for key in _BODIES.get(eqn.primitive.name, ()):
             body = params.pop(key)
             bodies += body if isinstance(body, tuple | list) else [body]
         graphs = tuple(
             _Builder(self.notes).build_graph(
-                body, name=f"{eqn.primitive.name}_body{i}", phase=phase
+                body, name=f"{eqn.primitive.name}_body{i}", place=place.body(), phase=phase
             )
             for i, body in enumerate(bodies)
         )
         return graphs, params
 
-    def barrier(self, eqn: Any, operands: list[Operand], scope: str, phase: str) -> list[Operand]:
+    def barrier(self, operands: list[Operand], place: _Place, phase: str) -> list[Operand]:
         """`optimization_barrier` over the operands that are values."""
         values = [o for o in operands if not isinstance(o, Literal)]
         if not values:
@@ -243,19 +265,19 @@ class _Builder:
         self.ops.append(
             Op(
                 len(self.ops), compat.optimization_barrier_primitive(), {}, tuple(values), results,
-                (), scope, _phase(scope) if phase else UPDATE, 0.0, eqn.source_info,
+                (), place.scope, _phase(place.scope) if phase else UPDATE, 0.0, place.source_infos,
             )
         )  # fmt: skip
         renamed = dict(zip(values, results, strict=True))
         return [o if isinstance(o, Literal) else renamed[o] for o in operands]
 
-    def expand_grad(self, spec: GradSpec, operands: list[Operand], scope: str) -> list[Operand]:
+    def expand_grad(self, spec: GradSpec, operands: list[Operand], place: _Place) -> list[Operand]:
         """Inline forward and backward of a captured gradient and record the region."""
         differentiated = jax.make_jaxpr(spec.differentiate())(*spec.forward.in_avals)
         jaxpr, consts = compat.jaxpr_parts(compat.remove_dead_code(differentiated))
         const_operands = self.constant_operands(jaxpr, consts)
         first = len(self.ops)
-        outs = self.inline(jaxpr, const_operands, operands, scope=scope, phase=FORWARD)
+        outs = self.inline(jaxpr, const_operands, operands, place=place, phase=FORWARD)
         num_grads = len(spec.wrt)
         aux, grads = outs[1 : len(outs) - num_grads], outs[len(outs) - num_grads :]
         values = [o for o in (outs[0], *grads) if not isinstance(o, Literal)]

@@ -29,6 +29,9 @@ OPAQUE = frozenset(
 )
 """Calls into code nobody can look into; register a rule for those worth sharding."""
 
+OWN_MESH = frozenset({"shard_map", "xla_pmap"})
+"""Programs for the parts of a mesh of their own: they cannot run inside of a step."""
+
 GLOBAL_BODIES = frozenset({"custom_linear_solve", "linear_solve"})
 """Their params are jaxprs traced at the shapes of the whole arrays."""
 

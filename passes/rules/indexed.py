@@ -4,7 +4,8 @@ Cutting the rows of an embedding table is worth a special case: each device look
 that fall into its rows and the results are summed; its gradient adds only the updates that fall
 into its rows. Re-binding alone does not do that, so the factors are marked `indexed`. The runtime
 
-- in clip mode first clips the index component to the whole dim,
+- in clip mode, and for a gather also where JAX promises that indices are in bounds (XLA clamps
+  them), first clips the index component to the whole dim,
 - subtracts the shard's offset from it,
 - for gather, sets results whose index lies outside of the shard to zero; for scatter-add nothing
   more, as `localize_params` selects the mode that drops updates outside.

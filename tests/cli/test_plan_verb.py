@@ -13,6 +13,7 @@ def in_root(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
 
 
+@pytest.mark.smoke
 def test_prints_and_saves_the_plan(invoke, tmp_path):
     file = tmp_path / "plan.json"
     result = invoke(*MLP, "-o", file)

@@ -78,6 +78,7 @@ def test_unused_code_is_gone() -> None:
     )
 
 
+@pytest.mark.smoke
 def test_calls_are_inlined() -> None:
     @jax.custom_jvp
     def double(x: jax.Array) -> jax.Array:
@@ -102,6 +103,7 @@ def test_calls_are_inlined() -> None:
     )
 
 
+@pytest.mark.smoke
 def test_scan_keeps_its_body() -> None:
     def fun(xs: jax.Array) -> Any:
         return jax.lax.scan(lambda carry, x: (carry + x.sum(), carry), jnp.float32(0), xs)
@@ -122,6 +124,7 @@ unroll=1](0.0, %0)
     )
 
 
+@pytest.mark.smoke
 def test_while_keeps_condition_and_body() -> None:
     def fun(x: jax.Array, y: jax.Array) -> Any:
         return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * y), (0, x))
@@ -145,6 +148,7 @@ def test_while_keeps_condition_and_body() -> None:
     )
 
 
+@pytest.mark.smoke
 def test_cond_keeps_its_branches() -> None:
     def fun(p: jax.Array, x: jax.Array) -> jax.Array:
         return jax.lax.cond(p, lambda x: x + 1.0, lambda x: x * 2.0, x)
@@ -187,6 +191,7 @@ def test_control_flow_nests() -> None:
     assert loop.flops == 3 * per_turn and outer.flops == 5 * outer.subgraphs[0].flops
 
 
+@pytest.mark.smoke
 def test_remat_becomes_a_barrier_and_its_equations() -> None:
     def fun(x: jax.Array) -> jax.Array:
         return jax.grad(jax.checkpoint(lambda x: jnp.sin(jnp.sin(x))))(x)
@@ -239,6 +244,7 @@ def tower_step() -> TracedStep:
     return trace(step, state, {"x": floats(4, 8)}, arg_names=("state", "batch"))
 
 
+@pytest.mark.smoke
 def test_scopes_are_module_paths() -> None:
     graph = tower_step().graph
     products = [op.scope for op in graph.ops if op.name == "dot_general"]
@@ -248,6 +254,7 @@ def test_scopes_are_module_paths() -> None:
     assert {op.scope for op in graph.ops if op.phase == UPDATE} == {""}
 
 
+@pytest.mark.smoke
 def test_phases_follow_the_gradient() -> None:
     graph = tower_step().graph
     (region,) = graph.grad_regions
@@ -288,6 +295,7 @@ def line_of(fun: Callable[..., Any], text: str) -> int:
     return next(start + i for i, line in enumerate(lines) if text in line)
 
 
+@pytest.mark.smoke
 def test_sources_point_at_the_users_lines() -> None:
     graph = tower_step().graph
 
@@ -303,6 +311,21 @@ def test_sources_point_at_the_users_lines() -> None:
     assert not [op.source for op in graph.walk() if any(p in op.source for p in packages)]
 
 
+@pytest.mark.smoke
+def test_ops_of_library_calls_point_at_the_call() -> None:
+    def fun(xs: jax.Array) -> Any:
+        def body(carry: jax.Array, x: jax.Array) -> Any:
+            carry = carry + jnp.var(x)  # line of var
+            return carry, jax.nn.gelu(x)  # line of gelu
+
+        return jax.lax.scan(body, jnp.float32(0), xs)
+
+    graph = trace(fun, floats(5, 3)).graph
+    lines = {op.name: int(op.source.split(":")[1]) for op in graph.ops[0].subgraphs[0].ops}
+    assert lines["reduce_sum"] == line_of(fun, "# line of var")
+    assert lines["tanh"] == line_of(fun, "# line of gelu")
+
+
 def test_models_of_this_package_are_user_code() -> None:
     setup = build("llama-test")
     graph = trace(setup.step, setup.state_shapes(), setup.batch_shapes(8)).graph
@@ -313,7 +336,7 @@ def test_models_of_this_package_are_user_code() -> None:
 def test_ops_without_user_code_have_some_source() -> None:
     graph = trace(jnp.linalg.norm, floats(3)).graph
     assert all(isinstance(op.source, str) for op in graph.ops)
-    assert replace(graph.ops[0], source_info=None).source == ""
+    assert replace(graph.ops[0], source_infos=()).source == ""
 
 
 # FLOPs and bytes.

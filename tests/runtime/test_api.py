@@ -73,6 +73,66 @@ def test_init_without_plan_or_batch_says_what_to_do() -> None:
         alpa_lite.parallelize(step).init(lambda: init(jax.random.key(0)))
 
 
+def test_init_of_a_state_that_is_not_the_first_argument() -> None:
+    def turned(x: jax.Array, state: dict[str, jax.Array]) -> Any:
+        return step(state, x)
+
+    for donate in (1, -1):
+        parallel = alpa_lite.parallelize(
+            turned, method=METHOD, batch_argnums=(0,), donate_argnums=donate
+        )
+        state = parallel.init(init, jax.random.key(0), batch())
+        assert not state["w"].sharding.is_fully_replicated
+        state, _ = parallel(batch(), state)
+        state = parallel.init(init, jax.random.key(0))
+        parallel(batch(), state)
+
+
+def test_init_of_a_state_in_several_arguments() -> None:
+    def two(w: jax.Array, x: jax.Array, v: jax.Array) -> Any:
+        state, loss = step({"w": w, "v": v}, x)
+        return state["w"], state["v"], loss
+
+    parallel = alpa_lite.parallelize(two, method=METHOD, donate_argnums=(0, 2))
+    w, v = parallel.init(lambda key: (init(key)["w"], init(key)["v"]), jax.random.key(0), batch())
+    assert w.shape == (8, 16) and v.shape == (16,) and not w.sharding.is_fully_replicated
+    w, v, _ = parallel(w, batch(), v)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "found"),
+    [(jnp.zeros((5, 16)), "float32[5, 16]"), (jnp.zeros((8, 16), jnp.bfloat16), "bfloat16[8, 16]")],
+)
+def test_init_of_another_shape_or_dtype_is_refused(leaf: jax.Array, found: str) -> None:
+    parallel = alpa_lite.parallelize(step, method=METHOD)
+    parallel.plan(STATE, X)
+    with pytest.raises(alpa_lite.StepError) as error:
+        parallel.init(lambda: {"w": leaf, "v": jnp.zeros(16)})
+    assert f"state.w should be float32[8, 16], found {found}" in str(error.value)
+
+
+@pytest.mark.parametrize("given", ["plan.json", {"format": "alpa-lite-plan"}, 3])
+def test_a_plan_that_is_not_one_is_refused_at_once(given: Any) -> None:
+    reader = "from_json" if isinstance(given, dict) else "load"
+    with pytest.raises(TypeError, match=rf"plan must be a Plan, found .*Plan\.{reader}\("):
+        alpa_lite.parallelize(step, plan=given)
+
+
+def test_a_step_that_is_not_a_function_is_refused_at_once() -> None:
+    with pytest.raises(TypeError, match="takes a function, found 3 of type int"):
+        alpa_lite.parallelize(3)
+
+
+@pytest.mark.parametrize("cluster", ["cpu:8", "h100:2x4", "a100-80:1x8", "h100:2x8"])
+def test_a_plan_for_other_hardware_is_refused_at_once(cluster: str) -> None:
+    plan = alpa_lite.parallelize(step, method=METHOD, cluster="h100:1x8").plan(STATE, X)
+    with pytest.raises(alpa_lite.PlanError, match=r"made for h100:1x8, .* not for .*drop cluster="):
+        alpa_lite.parallelize(step, plan=plan, cluster=cluster)
+    assert alpa_lite.parallelize(step, plan=plan, cluster="h100:1x8").plan(STATE, X) == plan
+    tried = alpa_lite.parallelize(step, plan=plan)
+    check_step(tried, init(jax.random.key(0)), batch())
+
+
 def test_the_old_state_is_donated() -> None:
     parallel = alpa_lite.parallelize(step, method=METHOD)
     state = parallel.init(init, jax.random.key(0), batch())
@@ -111,6 +171,7 @@ def test_a_function_without_state() -> None:
     np.testing.assert_allclose(parallel(w, batch()), np.tanh(batch() @ w), rtol=1e-5)
 
 
+@pytest.mark.smoke
 def test_a_saved_plan_runs_the_same(tmp_path: Any) -> None:
     original = alpa_lite.parallelize(step, method=METHOD)
     original.plan(STATE, X).save(tmp_path / "plan.json")

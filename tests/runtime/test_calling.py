@@ -129,6 +129,101 @@ def test_arguments_may_lie_anywhere(where):
     assert_close(step(w, x, y), sharded(*map(place, (w, x, y))))
 
 
+def tuned(w: jax.Array, x: jax.Array, a: float = 2.0, b: float = 1.0, *, rate: float = 0.1) -> Any:
+    loss, grad = jax.value_and_grad(lambda w: a * jnp.mean((b * x @ w) ** 2))(w)
+    return w - rate * grad, loss
+
+
+@pytest.mark.parametrize("options", [{"b": 3.0}, {"rate": 0.5}, {"rate": 0.5, "b": 3.0, "a": 1.0}])
+def test_arguments_by_keyword(options):
+    """A default may be left out before them, and they may be keyword-only."""
+    w, x, _ = arrays()
+    sharded = alpa_lite.parallelize(tuned, method=METHOD)
+    assert_close(tuned(w, x, **options), sharded(w, x, **options))
+    assert_close(tuned(w, x, **options), sharded(w, **options, x=x))
+    assert len(sharded._executables) == 1
+    assert set(sharded.plan(w, x, **options).inputs) == {"w", "x", *options}
+
+
+def test_keywords_of_one_type_share_a_program_and_others_do_not():
+    w, x, _ = arrays()
+    sharded = alpa_lite.parallelize(tuned, method=METHOD)
+    first = sharded.compile(w, x, b=3.0)
+    assert sharded.compile(w, x, b=4.0) is first
+    assert sharded.compile(w, x, a=3.0) is not first
+    assert sharded.compile(w, x, rate=3.0) is not first
+
+
+def test_argument_numbers_reach_arguments_passed_by_keyword():
+    def masked(w: jax.Array, x: jax.Array, scale: float = 1.0, mask: Any = None) -> Any:
+        loss, grad = jax.value_and_grad(lambda w: jnp.mean((x @ w) ** 2 * mask[:, None]))(w)
+        return w - scale * grad, loss
+
+    w, x, y = arrays()
+    sharded = alpa_lite.parallelize(masked, method=METHOD, batch_argnums=(1, 3))
+    assert_close(masked(w, x, mask=y[:, 0]), sharded(w, x, mask=y[:, 0]))
+    assert str(sharded.plan(w, x, mask=y[:, 0]).inputs["mask"]) == "[fsdp]"
+
+
+@pytest.mark.parametrize("options", [{}, {"power": 3}])
+def test_a_static_argument_may_be_left_to_its_default(options):
+    def powered(w: jax.Array, x: jax.Array, scale: float = 1.0, power: int = 2) -> Any:
+        assert isinstance(power, int)
+        loss, grad = jax.value_and_grad(lambda w: jnp.mean((x @ w) ** power))(w)
+        return w - scale * grad, loss
+
+    w, x, _ = arrays()
+    sharded = alpa_lite.parallelize(powered, method=METHOD, static_argnums=3)
+    assert_close(powered(w, x, **options), sharded(w, x, **options))
+
+
+def test_argument_numbers_count_from_the_end():
+    w, x, y = arrays()
+    sharded = parallel(batch_argnums=(-1, -2), donate_argnums=-3)
+    assert_close(step(w, x, y), sharded(w, x, y))
+    assert sharded.compile(w, x, y).inputs.donated == {0}
+    with pytest.raises(alpa_lite.StepError, match="batch_argnums names argument -4, .* 3 arg"):
+        parallel(batch_argnums=-4)(w, x, y)
+
+
+def test_a_static_argument_that_is_not_hashable_is_named():
+    w, x, _ = arrays()
+    sharded = alpa_lite.parallelize(tuned, method=METHOD, static_argnums=2)
+    with pytest.raises(TypeError, match=r"hashable.*argument 2 \(a\) is \[2.0\], of type list"):
+        sharded(w, x, [2.0])
+
+
+def test_static_values_that_are_equal_but_of_other_types_differ():
+    w, x, _ = arrays()
+    sharded = alpa_lite.parallelize(tuned, method=METHOD, static_argnums=2)
+    assert sharded.compile(w, x, 2.0) is not sharded.compile(w, x, 2)
+
+
+def test_a_method_is_wrapped_once_it_is_bound():
+    class Trainer:
+        def __init__(self) -> None:
+            self.step = alpa_lite.parallelize(self.step, method=METHOD, batch_argnums=(1, 2))
+
+        def step(self, w: jax.Array, x: jax.Array, y: jax.Array) -> Any:
+            return step(w, x, y)
+
+        @alpa_lite.parallelize
+        def decorated(self, w: jax.Array, x: jax.Array) -> Any:
+            return w, x.sum()
+
+        @staticmethod
+        @alpa_lite.parallelize
+        def free(w: jax.Array, x: jax.Array) -> Any:
+            return w, x.sum()
+
+    w, x, y = arrays()
+    assert_close(step(w, x, y), Trainer().step(w, x, y))
+    assert isinstance(Trainer.decorated, alpa_lite.ParallelStep)
+    assert isinstance(Trainer().free, alpa_lite.ParallelStep)
+    with pytest.raises(TypeError, match=r"takes no self.*self.decorated = parallelize\(self.dec"):
+        Trainer().decorated(w, x)
+
+
 def test_python_scalars():
     def scaled(w: jax.Array, x: jax.Array, rate: Any) -> Any:
         loss, grad = jax.value_and_grad(lambda w: jnp.mean((x @ w) ** 2))(w)

@@ -4,6 +4,7 @@ Each step is run under a number of random plans, which between them split every 
 split, and put layout changes before and after every op.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 
+import alpa_lite
+from alpa_lite.errors import StepError
 from alpa_lite.runtime.local_ops import _multiply_64
 from tests.runtime.random_plans import (
     assert_close,
@@ -23,6 +27,7 @@ from tests.runtime.random_plans import (
 )
 
 PLANS = 6
+X = jax.ShapeDtypeStruct((16, 8), np.float32)
 
 
 def check(step: Callable[..., Any], state: Any, batch: Any, *, exactly: bool = False) -> None:
@@ -93,6 +98,41 @@ def test_gather_fills_with_the_default_of_the_type(dtype):
         lambda table, i: jnp.take(table, i, axis=0, mode="fill"), table, integers(0, 9, 7, 8),
         exactly=True,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.bool_, np.float32])
+def test_unchecked_indices_out_of_bounds(dtype):
+    """`table[i]` promises that indices are in bounds; where they are not, XLA clamps them."""
+
+    def step(table, ids):
+        high = ids.astype(jnp.uint32) + jnp.uint32(2**31)
+        return table[ids], table[:, ids % 8], table[ids, ids], table[high], table[ids, :2]
+
+    table = (np.arange(128).reshape(16, 8) % 3).astype(dtype)
+    check(step, table, integers(0, 5, 15, 16, 99, -1, -20, 3), exactly=True)
+
+
+def test_gradients_of_unchecked_indices_out_of_bounds():
+    """The lookup is clamped; its gradient drops what is out of bounds, as XLA's scatter does."""
+
+    def step(table, ids):
+        def loss(table):
+            return jnp.sum(table[ids] ** 2) + jnp.sum(table[:, ids] ** 3)
+
+        return jax.grad(loss)(table), jax.jvp(loss, (table,), (2 * table,))
+
+    check(step, normal(16, 8), integers(0, 5, 15, 16, 99, -1, -20, 3))
+
+
+def test_a_split_table_by_unchecked_indices():
+    def step(e, ids):
+        return e, e[ids].sum(-1)
+
+    method = alpa_lite.ManualParallel({"e": PartitionSpec("tp")}, mesh_shape={"tp": 8})
+    table = jnp.arange(1.0, 65.0).reshape(16, 4)
+    ids = integers(0, 5, 15, 16, 99, -1, -20, 3)
+    _, found = alpa_lite.parallelize(step, method=method)(jnp.copy(table), ids)
+    assert found.tolist() == jax.jit(step)(table, ids)[1].tolist()
 
 
 def test_rows_by_index_in_every_row():
@@ -177,6 +217,65 @@ def test_a_pad_that_shifts():
         return jax.lax.pad(state, 0.5, ((1, -1, 0), (0, 0, 0)))
 
     check(step, normal(8, 16), ())
+
+
+def test_batches_of_loops_run_until_the_last_is_done():
+    """Under `vmap` a loop has a predicate per row; rows that are done keep their values."""
+
+    def step(state, x):
+        doubled = jax.vmap(
+            lambda row: jax.lax.while_loop(lambda v: v < 100.0, lambda v: v * 2.0 + 1.0, row)
+        )(x)
+        counted = jax.vmap(lambda row, n: jax.lax.fori_loop(0, n, lambda i, v: v * 2.0 + i, row))(
+            state, jnp.arange(16) % 5
+        )
+        nested = jax.vmap(
+            jax.vmap(lambda v: jax.lax.while_loop(lambda u: u[0] < v, _add_one, (0.0, v)))
+        )(state)
+        return doubled, counted, nested
+
+    check(step, np.abs(normal(16, 8)), np.abs(normal(16, seed=1)), exactly=True)
+
+
+def _add_one(pair):
+    return pair[0] + 1.0, pair[1] * 0.5
+
+
+def test_loops_with_a_predicate_per_row_inside_of_random_numbers():
+    def step(key, rates):
+        return jax.vmap(jax.random.poisson)(jax.random.split(key, 16), rates)
+
+    check(step, jax.random.key(0), 20 * np.abs(normal(16)), exactly=True)
+
+
+def test_sharding_constraints_of_the_user_are_the_identity():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("z",))
+    sharding = NamedSharding(mesh, PartitionSpec("z"))
+
+    def step(state, batch):
+        def loss(state):
+            return jnp.sum(jax.lax.with_sharding_constraint(state * 2.0, sharding) * batch)
+
+        return jax.value_and_grad(loss)(state)
+
+    check(step, normal(16, 8), normal(16, 8, seed=1))
+    notes = alpa_lite.parallelize(lambda s, b: (s, step(s, b))).plan(normal(16, 8), X).notes
+    assert any(
+        re.match(r"sharding_constraint at .*test_local_ops\.py:\d+.* is ignored", note)
+        for note in notes
+    )
+
+
+def test_a_shard_map_inside_of_the_step_is_refused():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("z",))
+    spec = PartitionSpec("z")
+
+    def step(state, batch):
+        twice = jax.shard_map(lambda x: x * 2, mesh=mesh, in_specs=spec, out_specs=spec)
+        return state, twice(batch)
+
+    with pytest.raises(StepError, match=r"shard_map at .*test_local_ops\.py:\d+.* outside of the"):
+        alpa_lite.parallelize(step).plan(normal(16, 8), X)
 
 
 def test_linear_solves():

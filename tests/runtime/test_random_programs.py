@@ -24,6 +24,8 @@ from tests.runtime.random_programs import OPS, RandomProgram, programs
 # is measured against the size of what cancelled.
 CANCELLED = 1e-2
 
+SMOKE = {"scan", "while_loop", "cond", "checkpoint", "dot", "gather"}
+
 PLANS = st.tuples(st.sampled_from(MESH_SHAPES), st.integers(0, 2**31 - 1))
 
 
@@ -54,7 +56,9 @@ def check_many(op_name: str, examples: int, plans_each: int, salt: str) -> None:
     run()
 
 
-@pytest.mark.parametrize("op_name", OPS)
+@pytest.mark.parametrize(
+    "op_name", [pytest.param(o, marks=[pytest.mark.smoke] * (o in SMOKE)) for o in OPS]
+)
 def test_random_programs(op_name):
     check_many(op_name, examples=3, plans_each=1, salt="quick")
 

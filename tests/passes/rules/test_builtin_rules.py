@@ -23,6 +23,7 @@ def rules_of(fn: object, *args: object) -> dict[str, tuple[str, str]]:
     return {e.primitive.name: (str(r), r.origin) for e, r in zip(equations, rules, strict=True)}
 
 
+@pytest.mark.smoke
 def test_bits_of_one_threefry_key_can_be_drawn_in_parts() -> None:
     rules = rules_of(lambda k: jax.random.bits(k, (8, 4)), KEY)
     assert rules["random_bits"] == ("([])->([i, j]) {i=8, j=4}", "registered")

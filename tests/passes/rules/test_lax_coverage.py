@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 
+import pytest
 from jax import lax
 
 from alpa_lite.passes.rules import FactorKind, RuleTable, ShardingRule
@@ -38,6 +39,7 @@ def test_every_public_function_is_listed() -> None:
     assert LAX_SAMPLES.keys() & NOT_SAMPLED.keys() == set()
 
 
+@pytest.mark.smoke
 def test_fallbacks_are_those_expected() -> None:
     replicated = {
         name: rule.note

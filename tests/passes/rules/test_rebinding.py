@@ -39,6 +39,7 @@ def test_rules_of_lax_functions_hold_on_slices() -> None:
     assert check_rules([call for calls in LAX_SAMPLES.values() for call in calls]) > 400
 
 
+@pytest.mark.smoke
 def test_rules_of_linear_algebra_hold_on_slices() -> None:
     rng = np.random.default_rng(1)
     square = jnp.asarray(rng.uniform(0, 1, (4, 3, 3)) + 3 * np.eye(3), jnp.float32)

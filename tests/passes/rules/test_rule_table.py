@@ -66,6 +66,7 @@ def train_step_equations(dropout: float = 0.0) -> tuple[Equation, ...]:
     return tuple(equations_of(step, state, tokens, tokens, key))
 
 
+@pytest.mark.smoke
 def test_every_equation_of_a_train_step_has_a_derived_rule() -> None:
     equations = train_step_equations()
     rules = RuleTable().lookup_many(equations)
