@@ -241,6 +241,7 @@ def _add_one(pair):
     return pair[0] + 1.0, pair[1] * 0.5
 
 
+@pytest.mark.slow
 def test_loops_with_a_predicate_per_row_inside_of_random_numbers():
     def step(key, rates):
         return jax.vmap(jax.random.poisson)(jax.random.split(key, 16), rates)
