@@ -79,7 +79,9 @@ def split_batch(args: Sequence[Any], batch_argnums: Sequence[int], parts: int) -
                 f"{shape[0]} is not divisible by {parts}. Change the batch size or "
                 "num_microbatches."
             )
-        return jax.ShapeDtypeStruct((shape[0] // parts, *shape[1:]), leaf.dtype)
+        return jax.ShapeDtypeStruct(
+            (shape[0] // parts, *shape[1:]), leaf.dtype, weak_type=jax.typeof(leaf).weak_type
+        )
 
     return tuple(
         jax.tree_util.tree_map_with_path(cut, a) if i in batch_argnums else a
