@@ -34,7 +34,7 @@ def run_step(x: jax.Array, step: ReshardStep, mesh: Mesh, *, again: bool = False
             x, lambda y: jax.lax.psum_scatter(y, axes, scatter_dimension=step.dim, tiled=True)
         )
     if step.kind == steps.ALL_TO_ALL:
-        return jax.lax.all_to_all(x, axes, step.dim, step.from_dim, tiled=True)
+        return _all_to_all(x, step, mesh.size(axes))
     if step.kind == steps.ALL_REDUCE:
         return _summed(x, lambda y: jax.lax.psum(y, axes))
     assert step.kind == steps.MASK, step.kind
@@ -50,6 +50,22 @@ def _gather_again(x: jax.Array, step: ReshardStep) -> jax.Array:
     stacked = jax.lax.all_gather(x, step.axes, axis=step.dim, tiled=False)
     joined = stacked.shape[step.dim] * x.shape[step.dim]
     return stacked.reshape(*x.shape[: step.dim], joined, *x.shape[step.dim + 1 :])
+
+
+def _all_to_all(x: jax.Array, step: ReshardStep, count: int) -> jax.Array:
+    """An all_to_all of flat arrays.
+
+    XLA:CPU (jax 0.10.2) cuts the operand into one array per device. With dims of size 1 among
+    them these can get different layouts, and its verifier then refuses the program ("HLO all-to-all
+    has operands with different shapes"). Flat arrays have one layout.
+    """
+    d, f = step.dim, step.from_dim
+    parts = x.reshape(*x.shape[:d], count, x.shape[d] // count, *x.shape[d + 1 :])
+    parts = jnp.moveaxis(parts, d, 0)
+    received = jax.lax.all_to_all(parts.reshape(-1), step.axes, 0, 0, tiled=True)
+    stacked = jnp.moveaxis(received.reshape(parts.shape), 0, f)
+    joined = count * stacked.shape[f + 1]
+    return stacked.reshape(*stacked.shape[:f], joined, *stacked.shape[f + 2 :])
 
 
 def keep_on_first(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
