@@ -49,7 +49,7 @@ from alpa_lite.passes.plan import Alternative, Plan
 from alpa_lite.passes.pricing import count_work
 from alpa_lite.passes.program import Program, build_program
 from alpa_lite.passes.repeats import share_classes
-from alpa_lite.passes.report import make_plan
+from alpa_lite.passes.report import assignments_of, make_plan, replan
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.step_contract import batch_positions, split_batch, state_aliases
 
@@ -272,15 +272,11 @@ def restore(plan: Plan, call: StepArgs, method: Method, *, table: RuleTable) -> 
       PlanError: the plan belongs to another step, or an edit is impossible.
       InfeasibleError: the plan needs more memory than its own budget.
     """
-    from alpa_lite.passes.report import assignments_of, replan
-
     count = plan.num_microbatches
     traced = trace_call(call, count)
     full = trace_call(call, 1) if count > 1 else traced
     kinds = check_outputs(full, traced, count)
     contraction, inputs = prepare(traced, call, count, method, plan.cluster, table, plan.pins)
-    notes = combination_notes(full, traced, kinds, count)
-    inputs = replace(inputs, notes=(*notes, *inputs.notes))
     assignments, overridden = assignments_of(
         plan, contraction, inputs.classes, graph_hash(traced.graph)
     )
