@@ -104,6 +104,21 @@ def is_drop_var(var: Any) -> bool:
     return type(var).__name__ == "DropVar"
 
 
+def evaluate_equation(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Bind one equation on new operands, under its own name stack and source line.
+
+    Args:
+      eqn: of some jaxpr.
+      operands: values in place of `eqn.invars`, literals included.
+    """
+    info = eqn.source_info
+    stack = source_info_util.current_name_stack() + info.name_stack
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with source_info_util.user_context(info.traceback, name_stack=stack), eqn.ctx.manager:
+        results = eqn.primitive.bind(*operands, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
 def optimization_barrier_primitive() -> Any:
     """The primitive of `jax.lax.optimization_barrier`."""
     return jax.lax.optimization_barrier_p
