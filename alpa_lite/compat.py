@@ -5,17 +5,22 @@ No other module reads a private or moved JAX name.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax._src import xla_bridge
+import numpy as np
+from jax._src import distributed, xla_bridge
+from jax._src.lib import xla_client
 from jax.extend import core as jex_core
 from jax.extend import source_info_util
 from jax.interpreters import mlir, partial_eval
+from jax.sharding import Sharding, SingleDeviceSharding
 
 _MAX_FRAMES = 1000
 _OWN_CODE = re.escape(str(Path(__file__).resolve().parent)) + r"[/\\](ir[/\\]|api\.py|compat\.py)"
@@ -119,6 +124,68 @@ def evaluate_equation(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
+def new_variable(aval: Any) -> Any:
+    """A jaxpr variable that is no other's."""
+    return jex_core.Var(aval)
+
+
+def moved_equation(eqn: Any, operands: Sequence[Any], results: Sequence[Any], around: Any) -> Any:
+    """An equation with other operands and results, as if it stood in the call of `around`.
+
+    Args:
+      eqn: of a nested jaxpr, or of the same one.
+      operands, results: variables and literals.
+      around: the equation whose body `eqn` was taken from, None if it was not.
+    """
+    info = eqn.source_info
+    if around is not None:
+        info = info.replace(name_stack=around.source_info.name_stack + info.name_stack)
+    return eqn.replace(invars=list(operands), outvars=list(results), source_info=info)
+
+
+@contextlib.contextmanager
+def at_equation(eqn: Any, source_infos: Sequence[Any]) -> Iterator[None]:
+    """Within the block, primitives are bound as if in the place of an equation.
+
+    Args:
+      eqn: of some jaxpr.
+      source_infos: of the equation and of the calls around it that dissolve, innermost first. The
+        source line is that of the innermost one with a frame of the user.
+    """
+    stack = source_info_util.new_name_stack()
+    for info in reversed(source_infos):
+        stack += info.name_stack
+    chosen = source_infos[0]
+    if len(source_infos) > 1:
+        chosen = next(filter(_has_user_frame, source_infos), chosen)
+    with source_info_util.user_context(chosen.traceback, name_stack=stack), eqn.ctx.manager:
+        yield
+
+
+def _has_user_frame(info: Any) -> bool:
+    frames = source_info_util.summarize(info, num_frames=_MAX_FRAMES).splitlines()
+    return not all(map(_LIBRARY_FRAME.match, frames))
+
+
+def bind_equation(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Results of an equation's primitive for other operands, where the caller stands."""
+    results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def part_of_jaxpr(jaxpr: Any, equations: Sequence[Any], outputs: Sequence[Any]) -> Any:
+    """An open jaxpr with some of the equations of another; its inputs are what these read."""
+    made = {v for eqn in equations for v in eqn.outvars}
+    read = dict.fromkeys(a for eqn in equations for a in eqn.invars if not is_literal(a))
+    inputs = [v for v in read if v not in made]
+    effects = set().union(*(eqn.effects for eqn in equations))
+    info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    return jaxpr.replace(
+        constvars=[], invars=inputs, outvars=list(outputs), eqns=list(equations), effects=effects,
+        debug_info=info,
+    )  # fmt: skip
+
+
 def optimization_barrier_primitive() -> Any:
     """The primitive of `jax.lax.optimization_barrier`."""
     return jax.lax.optimization_barrier_p
@@ -151,3 +218,95 @@ def lower_for_cpu(closed: Any) -> Any:
         lowering_parameters=mlir.LoweringParameters(hoist_constants_as_args=False), **options,
     )  # fmt: skip
     return lowered.module
+
+
+def make_copier(
+    shardings: Sequence[Sharding],
+) -> Callable[[Sequence[jax.Array]], list[jax.Array]]:
+    """A function that copies arrays, each to one of these shardings, without changing tiles.
+
+    `jax.device_put` of arrays whose tiles are equal to those wanted, and nothing else: the caller
+    makes sure that they are, and that no array is deleted. It ends in the call that is made here
+    directly, which takes a fraction of the time (4.7 against 28 us, jax 0.10.2, CPU).
+    """
+    if not _can_copy_directly():
+        return lambda arrays: jax.device_put(list(arrays), list(shardings))
+    copy = xla_client.batched_copy_array_to_devices_with_sharding
+    devices = [s._internal_device_list for s in shardings]
+    targets = list(shardings)
+    semantics = [xla_client.ArrayCopySemantics.REUSE_INPUT] * len(targets)
+    return lambda arrays: copy(list(arrays), devices, targets, semantics)
+
+
+@functools.cache
+def _can_copy_directly() -> bool:
+    """Whether the private call is there and does what it should, tried on this process's devices."""
+    ends = [SingleDeviceSharding(d) for d in (jax.local_devices()[0], jax.local_devices()[-1])]
+    value = np.arange(6, dtype=np.int32).reshape(2, 3)
+    try:
+        array = jax.device_put(value, ends[0])
+        results = xla_client.batched_copy_array_to_devices_with_sharding(
+            [array, array], [s._internal_device_list for s in ends], ends,
+            [xla_client.ArrayCopySemantics.REUSE_INPUT] * 2,
+        )  # fmt: skip
+        return all(
+            result.sharding == end and result.committed and np.array_equal(result, value)
+            for result, end in zip(results, ends, strict=True)
+        )
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+
+
+class KeyValueStore:
+    """The strings that the processes of `jax.distributed` share.
+
+    Raises:
+      RuntimeError: `jax.distributed` is not initialised.
+    """
+
+    def __init__(self) -> None:
+        client = distributed.global_state.client
+        if client is None:
+            raise RuntimeError("jax.distributed is not initialised in this process")
+        self._client: Any = client
+
+    def set(self, key: str, value: str) -> None:
+        """Store a value, over an older one if there is one."""
+        self._client.key_value_set(key, value, allow_overwrite=True)
+
+    def get(self, key: str, timeout_s: float) -> str:
+        """A value, waited for if it is not there.
+
+        Raises:
+          TimeoutError: it did not come in time.
+        """
+        try:
+            return self._client.blocking_key_value_get(key, int(1000 * timeout_s))
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            raise TimeoutError(f"no process has set {key!r} within {timeout_s:g} s") from None
+
+    def folder(self, prefix: str) -> dict[str, str]:
+        """All values whose keys begin with `prefix/`, under the rest of the key."""
+        found = self._client.key_value_dir_get(prefix)
+        return {key.removeprefix(prefix).lstrip("/"): value for key, value in found}
+
+    def delete(self, key: str) -> None:
+        """Remove a value, or all values below a key."""
+        self._client.key_value_delete(key)
+
+    def barrier(self, name: str, timeout_s: float) -> None:
+        """Wait until every process waits under this name, which serves once."""
+        self._client.wait_at_barrier(name, int(1000 * timeout_s))
+
+
+def distributed_process() -> tuple[int, int, str] | None:
+    """(process, number of processes, `host:port` of process 0) of `jax.distributed`.
+
+    None if it is not initialised. Other than `jax.process_index`, it starts no backend.
+    """
+    state = distributed.global_state
+    if state.client is None:
+        return None
+    return state.process_id, state.num_processes, state.coordinator_address or ""

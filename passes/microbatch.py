@@ -155,7 +155,8 @@ def _check_flow(flow: BatchFlow | None, micro: TracedStep, from_loop: set[int], 
     (region,) = micro.graph.grad_regions
     after = {v for op in micro.graph.ops[region.last_op :] for v in op.operand_ids}
     named = {v: "an aux output of the loss function" for v in region.aux if v in after}
-    named[region.loss] = "the loss"
+    if region.loss is not None:
+        named[region.loss] = "the loss"
     for name, value in zip(micro.graph.output_names, micro.graph.outputs, strict=True):
         if not isinstance(value, Literal) and value in from_loop:
             named[value] = f"output {name}"

@@ -42,29 +42,53 @@ _patch_users = 0
 class GradSpec:
     """What one captured call computes: parameters of the primitive.
 
+    A stage of a pipeline is described likewise: it has cotangents of what it hands on in place of,
+    or beside, a loss, and besides gradients that accumulate over microbatches those that are handed
+    back for each microbatch.
+
     Attributes:
       forward: closed jaxpr of the loss function; outputs are (loss, *aux).
       num_consts: leading operands that the loss function closed over.
       wrt: positions of the operands that are differentiated.
+      has_loss: whether the first output of `forward` is a loss.
+      seeded: outputs of `forward` whose cotangents are operands, after those of `forward`.
+      num_accumulated: of the gradients, how many lead that accumulate; all by default.
     """
 
     forward: Any
     num_consts: int
     wrt: tuple[int, ...]
+    has_loss: bool = True
+    seeded: tuple[int, ...] = ()
+    num_accumulated: int | None = None
+
+    @property
+    def operand_avals(self) -> list[Any]:
+        """Types of all operands, cotangents included."""
+        return [*self.forward.in_avals, *(self.forward.out_avals[i] for i in self.seeded)]
 
     def differentiate(self) -> Callable[..., list[jax.Array]]:
-        """A flat function `(*operands) -> [loss, *aux, *grads]`."""
+        """A flat function `(*operands, *cotangents) -> [*outputs of forward, *grads]`."""
         forward = jaxpr_as_fun(self.forward)
-
-        def loss_and_aux(*operands: Any) -> tuple[Any, list[Any]]:
-            loss, *aux = forward(*operands)
-            return loss, aux
+        num_operands = len(self.forward.in_avals)
+        differentiated = (*((0,) if self.has_loss else ()), *self.seeded)
+        others = [i for i in range(len(self.forward.out_avals)) if i not in differentiated]
 
         def flat(*operands: Any) -> list[Any]:
-            (loss, aux), grads = _jax_value_and_grad(loss_and_aux, self.wrt, has_aux=True)(
-                *operands
-            )
-            return [loss, *aux, *grads]
+            values, cotangents = list(operands[:num_operands]), operands[num_operands:]
+
+            def outputs(*chosen: Any) -> tuple[list[Any], list[Any]]:
+                for position, x in zip(self.wrt, chosen, strict=True):
+                    values[position] = x
+                outs = forward(*values)
+                return [outs[i] for i in differentiated], [outs[i] for i in others]
+
+            chosen = [values[i] for i in self.wrt]
+            with_derivative, pull_back, rest = jax.vjp(outputs, *chosen, has_aux=True)
+            ones = [jnp.ones_like(with_derivative[0])] if self.has_loss else []
+            grads = pull_back([*ones, *cotangents])
+            found = dict(zip((*differentiated, *others), (*with_derivative, *rest), strict=True))
+            return [*(found[i] for i in range(len(found))), *grads]
 
         return flat
 

@@ -34,6 +34,7 @@ from alpa_lite.ir.graph import (
     Value,
     verify_graph,
 )
+from alpa_lite.ir.marks import layer_mark_p
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,6 +213,8 @@ class _Builder:
         """Append one equation, or what it stands for; returns its results."""
         if eqn.primitive is value_and_grad_p:
             return self.expand_grad(eqn.params["spec"], operands, place)
+        if eqn.primitive is layer_mark_p:
+            return operands
         if eqn.primitive is jax_primitives.remat_p:
             if eqn.params["prevent_cse"]:
                 operands = self.barrier(operands, place, phase)
@@ -273,34 +276,40 @@ class _Builder:
 
     def expand_grad(self, spec: GradSpec, operands: list[Operand], place: _Place) -> list[Operand]:
         """Inline forward and backward of a captured gradient and record the region."""
-        differentiated = jax.make_jaxpr(spec.differentiate())(*spec.forward.in_avals)
+        differentiated = jax.make_jaxpr(spec.differentiate())(*spec.operand_avals)
         jaxpr, consts = compat.jaxpr_parts(compat.remove_dead_code(differentiated))
         const_operands = self.constant_operands(jaxpr, consts)
         first = len(self.ops)
         outs = self.inline(jaxpr, const_operands, operands, place=place, phase=FORWARD)
-        num_grads = len(spec.wrt)
-        aux, grads = outs[1 : len(outs) - num_grads], outs[len(outs) - num_grads :]
-        values = [o for o in (outs[0], *grads) if not isinstance(o, Literal)]
-        if len(values) < 1 + num_grads:
+        num_outs = len(spec.forward.out_avals)
+        grads = outs[num_outs:][: spec.num_accumulated]
+        loss, others = (outs[0], outs[1:num_outs]) if spec.has_loss else (None, outs[:num_outs])
+        if isinstance(loss, Literal) or any(isinstance(g, Literal) for g in grads):
             return outs  # a constant loss or gradient: nothing to accumulate
+        others += outs[num_outs + len(grads) :]
         self.regions.append(
             GradRegion(
-                first, len(self.ops), values[0],
-                tuple(a for a in aux if not isinstance(a, Literal)), tuple(values[1:]),
-                tuple(operands[i] for i in spec.wrt), spec.forward,
+                first, len(self.ops), loss, tuple(a for a in others if not isinstance(a, Literal)),
+                tuple(grads), tuple(operands[i] for i in spec.wrt[: len(grads)]), spec.forward,
             )
         )  # fmt: skip
         return outs
 
 
+def called_body(eqn: Any) -> Any | None:
+    """The closed jaxpr of an equation that is a plain call, or None."""
+    if eqn.primitive.name in ("jit", "pjit", "closed_call", "core_closed_call", "custom_lin"):
+        return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return None
+
+
 def _inlined_body(eqn: Any) -> Any | None:
     """The closed jaxpr of a call-like equation, or None."""
-    name = eqn.primitive.name
-    if name in ("jit", "pjit", "closed_call", "core_closed_call", "custom_lin"):
-        return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    if name in ("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "core_call"):
+    if eqn.primitive.name in (
+        "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "core_call"
+    ):  # fmt: skip
         return eqn.params.get("call_jaxpr", eqn.params.get("fun_jaxpr"))
-    return None
+    return called_body(eqn)
 
 
 _BODIES = {"scan": ("jaxpr",), "while": ("cond_jaxpr", "body_jaxpr"), "cond": ("branches",)}
