@@ -42,12 +42,17 @@ class Liveness:
       order: op ids in order of execution; a time is a position in it.
       start, end: `[num_values]`, inclusive; end < start for values that take no memory.
       category: `[num_values]` index into `CATEGORIES`.
+      held: `[num_values]` further copies, of other microbatches in flight, that are there while the
+        loop runs (`with_in_flight`).
+      loop: first and last time of the loop over microbatches.
     """
 
     order: tuple[int, ...]
     start: np.ndarray
     end: np.ndarray
     category: np.ndarray
+    held: np.ndarray
+    loop: tuple[int, int] = (0, -1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,6 +84,45 @@ def analyse_liveness(contraction: Contraction) -> Liveness:
     return _Ranges(contraction).run()
 
 
+def with_in_flight(contraction: Contraction, liveness: Liveness, in_flight: int) -> Liveness:
+    """The same for a pipeline stage that holds several microbatches at once.
+
+    What the backward pass reads of the forward pass, and of what came in, is there `in_flight`
+    times.
+
+    Args:
+      contraction: of a stage step.
+      liveness: of one microbatch at a time.
+      in_flight: microbatches between their forward and backward pass, this one included.
+    """
+    c = contraction
+    outermost, loop = c.program.graph, c.program.microbatching.loop_ops
+    times = [
+        t
+        for t, op in enumerate(liveness.order)
+        if c.ops[op].op is not None and c.ops[op].graph is outermost and c.ops[op].op.id in loop
+    ]
+    held = np.zeros(len(c.values))
+    held[list(stashed_values(c))] = in_flight - 1
+    return replace(liveness, held=held, loop=(min(times, default=0), max(times, default=-1)))
+
+
+def stashed_values(contraction: Contraction) -> set[int]:
+    """Values of one microbatch that its forward pass leaves for its backward pass."""
+    c = contraction
+    outermost, loop = c.program.graph, c.program.microbatching.loop_ops
+    found = set()
+    for op in c.ops:
+        if op.phase != BACKWARD or op.graph is not outermost:
+            continue
+        for value in c.operands[op.id]:
+            maker = c.ops[c.definition[value]]
+            inside = maker.op is not None and maker.op.id in loop and maker.graph is outermost
+            if maker.kind == "batch" or (inside and maker.phase == FORWARD):
+                found.add(value)
+    return found
+
+
 def memory_row(
     contraction: Contraction, liveness: Liveness, time: int, classes: Sequence[int],
     strategies: Sequence[StrategySet], mesh: Mesh,
@@ -87,10 +131,14 @@ def memory_row(
     alive = np.flatnonzero((liveness.start <= time) & (time <= liveness.end))
     sums: dict[tuple[int, tuple[int, ...]], float] = defaultdict(float)
     c = contraction
-    for value in alive.tolist():
+    inside = liveness.loop[0] <= time <= liveness.loop[1]
+    copies = dict.fromkeys(alive.tolist(), 1.0)
+    for value in np.flatnonzero(liveness.held).tolist() if inside else ():
+        copies[value] = copies.get(value, 0.0) + float(liveness.held[value])
+    for value, count in copies.items():
         producer = c.ops[c.definition[value]]
         layout = c.result_layouts[producer.id][producer.results.index(value)]
-        sums[classes[c.node_of[producer.id]], layout.dims] += c.values[value].num_bytes
+        sums[classes[c.node_of[producer.id]], layout.dims] += count * c.values[value].num_bytes
     terms: dict[int, np.ndarray] = {}
     for (cls, dims), num_bytes in sums.items():
         share = num_bytes / strategies[cls].divisors(mesh, dims)
@@ -142,9 +190,11 @@ def profile_memory(
                 )
     totals = totals + conversions
     peak = int(np.argmax(totals))
-    alive = (liveness.start <= peak) & (peak <= liveness.end)
+    copies = ((liveness.start <= peak) & (peak <= liveness.end)).astype(float)
+    if liveness.loop[0] <= peak <= liveness.loop[1]:
+        copies = copies + liveness.held
     shares = {
-        name: float(sizes[alive & (liveness.category == i)].sum())
+        name: float((copies * sizes)[liveness.category == i].sum())
         for i, name in enumerate(CATEGORIES)
     }
     shares[TEMPORARIES] += float(conversions[peak])
@@ -161,13 +211,14 @@ def _without_idle_copies(
     c: Contraction, liveness: Liveness, specs: Sequence[ShardingSpec | None]
 ) -> Liveness:
     """Copies in the layout of what they copy are the same array, alive as long as either."""
-    end = liveness.end.copy()
+    end, held = liveness.end.copy(), liveness.held.copy()
     for op in reversed(c.ops):
         if op.kind == "copy":
             (source,), (result,) = c.operands[op.id], op.results
             if specs[source] == specs[result] and end[source] >= liveness.start[source]:
                 end[source], end[result] = max(end[source], end[result]), -1
-    return replace(liveness, end=end)
+                held[source], held[result] = max(held[source], held[result]), 0
+    return replace(liveness, end=end, held=held)
 
 
 def _totals(liveness: Liveness, sizes: np.ndarray) -> np.ndarray:
@@ -175,6 +226,8 @@ def _totals(liveness: Liveness, sizes: np.ndarray) -> np.ndarray:
     takes = liveness.end >= liveness.start
     np.add.at(steps, liveness.start[takes], sizes[takes])
     np.add.at(steps, liveness.end[takes] + 1, -sizes[takes])
+    steps[liveness.loop[0]] += (liveness.held * sizes).sum()
+    steps[liveness.loop[1] + 1] -= (liveness.held * sizes).sum()
     return np.cumsum(steps)[:-1]
 
 
@@ -215,7 +268,8 @@ class _Ranges:
         self.end[[v for v in c.program.outputs if v is not None]] = self.last
         for value in in_place:
             self.end[value] = -1
-        return Liveness(tuple(self.order), self.start, self.end, self.categories())
+        none = np.zeros(len(self.start))
+        return Liveness(tuple(self.order), self.start, self.end, self.categories(), none)
 
     def control_flow_spans(self) -> dict[int, tuple[int, int]]:
         """First and last time of each loop or branch op: its links and all of its body."""

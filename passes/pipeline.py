@@ -196,10 +196,26 @@ def prepare(
     table: RuleTable, pins: Mapping[str, str] | None = None,
 ) -> tuple[Contraction, PlanningInputs]:  # fmt: skip
     """From a traced step to the decision graph: everything that no mesh changes."""
-    program = flatten(traced, call, count)
+    dump("graph.txt", lambda: format_graph(traced.graph))
+    inputs = prepare_program(flatten(traced, call, count), method, cluster, table, pins)
+    return inputs.contraction, replace(inputs, notes=(*inputs.notes, *_capture_notes(traced)))
+
+
+def prepare_program(
+    program: Program, method: Method, cluster: Cluster, table: RuleTable,
+    pins: Mapping[str, str] | None = None,
+) -> PlanningInputs:  # fmt: skip
+    """From a flat program to the decision graph.
+
+    Args:
+      program: of a step, or of a stage of a pipeline.
+      method: restrictions.
+      cluster: of the devices that run it.
+      table: sharding rules found so far.
+      pins: prescribed layouts by input path; those of `method` by default.
+    """
     rules = program_rules(program, table)
     contraction = contract(program, rules)
-    dump("graph.txt", lambda: format_graph(traced.graph))
     dump(
         "rules.txt",
         lambda: "\n".join(f"{o.name} {r}" for o, r in zip(program.ops, rules, strict=True)),
@@ -208,10 +224,10 @@ def prepare(
     if pins is None:
         pins = {name: str(spec) for name, spec in method.pins(contraction).items()}
     classes = share_classes(contraction, pins)
-    return contraction, PlanningInputs(
+    return PlanningInputs(
         contraction=contraction, classes=classes, liveness=analyse_liveness(contraction),
         work=count_work(contraction, classes), method=method, cluster=cluster, pins=pins,
-        notes=(*program.notes, *replicated_notes(program, rules), *_capture_notes(traced)),
+        notes=(*program.notes, *replicated_notes(program, rules)),
     )  # fmt: skip
 
 

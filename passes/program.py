@@ -258,7 +258,7 @@ class _Flattener:
         if path:
             return
         repeats = weight * self.loop.num_microbatches
-        loop_outputs = self.loop.outputs if self.loop.num_microbatches > 1 else ()
+        loop_outputs = self.loop.outputs
         for value in dict.fromkeys((*region.grads, *loop_outputs)):
             inner = self.value_at[path, value]
             outer = self.new_value(self.values[inner].aval)
