@@ -110,9 +110,11 @@ class PricedGraph:
     edge_cost_s: dict[tuple[int, int], np.ndarray]
 
 
-def count_work(contraction: Contraction, classes: Sequence[int]) -> Workload:
-    """Collect equal ops and equal layout changes."""
-    ops = tuple(_count_ops(contraction, classes))
+def count_work(
+    contraction: Contraction, classes: Sequence[int], phase: str | None = None
+) -> Workload:
+    """Collect equal ops and equal layout changes; only the ops of one phase if that is given."""
+    ops = tuple(_count_ops(contraction, classes, phase))
     uses: dict[UseWork, int] = {}
     for use in _uses(contraction, classes):
         uses[use] = uses.get(use, 0) + 1
@@ -210,11 +212,13 @@ def internal_values(contraction: Contraction) -> frozenset[int]:
 # Counting.
 
 
-def _count_ops(c: Contraction, classes: Sequence[int]) -> Iterator[OpWork]:
+def _count_ops(
+    c: Contraction, classes: Sequence[int], phase: str | None
+) -> Iterator[OpWork]:
     internal = internal_values(c)
     counted: dict[tuple[Any, ...], tuple[int, FlatOp]] = {}
     for op in c.ops:
-        if op.kind != "op" or not op.results:
+        if op.kind != "op" or not op.results or phase not in (None, op.phase):
             continue
         assert op.graph is not None and op.op is not None
         layouts = (*c.operand_layouts[op.id], *c.result_layouts[op.id])

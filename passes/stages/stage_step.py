@@ -21,15 +21,11 @@ from alpa_lite import compat
 from alpa_lite.ir.grad import GradSpec, value_and_grad_p
 from alpa_lite.ir.graph import Graph
 from alpa_lite.ir.trace import TracedStep, trace
+from alpa_lite.passes.pipeline_methods import NO_REMAT, SELECTIVE_REMAT
 from alpa_lite.passes.stages.cut import Link, StageCut
 from alpa_lite.passes.stages.parts import StepParts, evaluate, read, variables
 from alpa_lite.passes.stages.update import Contribution, UpdateSplit
 
-# How the forward pass of a layer is differentiated: what is kept for the backward pass.
-NO_REMAT = "none"
-SELECTIVE_REMAT = "dots"
-FULL_REMAT = "full"
-REMAT_POLICIES = (NO_REMAT, SELECTIVE_REMAT, FULL_REMAT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,9 +384,3 @@ def _function(
 
 def _variable(key: Any) -> Any:
     return key.variable if isinstance(key, Contribution) else key
-
-
-__all__ = [
-    "FULL_REMAT", "NO_REMAT", "REMAT_POLICIES", "SELECTIVE_REMAT", "Port", "StageStep",
-    "StepNames", "build_stage_step", "update_rounds",
-]  # fmt: skip
