@@ -176,8 +176,10 @@ def _selected(eqn: Any) -> list[Any]:
         chosen = results[0]
         for i, each in enumerate(results[1:], 1):
             last = index >= i if i == len(results) - 1 else index == i
-            chosen = [jax.lax.select(last & jnp.ones(a.shape, bool), b, a)
-                      for a, b in zip(chosen, each, strict=True)]
+            chosen = [
+                jax.lax.select(last & jnp.ones(a.shape, bool), b, a)
+                for a, b in zip(chosen, each, strict=True)
+            ]
         return chosen
 
     closed = jax.make_jaxpr(select)(*(a.aval for a in eqn.invars))

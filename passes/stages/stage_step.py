@@ -27,7 +27,6 @@ from alpa_lite.passes.stages.parts import StepParts, evaluate, read, variables
 from alpa_lite.passes.stages.update import Contribution, UpdateSplit
 
 
-
 @dataclass(frozen=True, slots=True)
 class Port:
     """One input or output of a stage step.
@@ -173,9 +172,7 @@ class _Stage:
         ports += [Port("activation", key=link) for link in self.unique_sent()]
         ports += [Port("cotangent", key=link) for link in self.cut.received if link.differentiable]
         known = set(self.parts.inputs)
-        ports += [
-            Port("update", key=s) for s in self.unique_updates() if s[0] not in known
-        ]
+        ports += [Port("update", key=s) for s in self.unique_updates() if s[0] not in known]
         return tuple(ports)
 
     def unique_sent(self) -> list[Link]:
@@ -337,10 +334,15 @@ class _Stage:
             reads = dict.fromkeys(
                 v for eqn in equations for v in variables(eqn.invars) if v not in made
             )
-            later = {v for l in layers[number + 1 :] for i in l for v in variables(parts.loop[i].invars)}
+            later = {
+                v for l in layers[number + 1 :] for i in l for v in variables(parts.loop[i].invars)
+            }
             inputs = [v for v in reads if v not in parts.constants]
-            outputs = [v for v in dict.fromkeys(v for eqn in equations for v in eqn.outvars)
-                       if v in later or v in wanted]
+            outputs = [
+                v
+                for v in dict.fromkeys(v for eqn in equations for v in eqn.outvars)
+                if v in later or v in wanted
+            ]
             run = _function(equations, inputs, outputs, parts.constants)
             values = jax.checkpoint(run, policy=policy)(*(env[v] for v in inputs))
             env.update(zip(outputs, values, strict=True))

@@ -1,0 +1,122 @@
+"""A step traced for a pipeline: its parts, its layers, and what its inputs and outputs mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from alpa_lite.errors import StepError
+from alpa_lite.ir.graph import graph_hash
+from alpa_lite.ir.trace import TracedStep, trace_whole_gradient
+from alpa_lite.passes.microbatch import check_outputs, combination_notes
+from alpa_lite.passes.pipeline import StepArgs
+from alpa_lite.passes.stages.cut import StageCut, cut_forward
+from alpa_lite.passes.stages.layers import LayerGraph, build_layers
+from alpa_lite.passes.stages.parts import StepParts, split_parts
+from alpa_lite.passes.stages.stage_step import StageStep, StepNames, build_stage_step
+from alpa_lite.passes.stages.update import UpdateSplit, split_update
+from alpa_lite.passes.step_contract import batch_positions, split_batch, state_aliases
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayeredStep:
+    """A step at one microbatch count, ready to be cut into stages.
+
+    Attributes:
+      traced: the step at microbatch size, its gradient one op.
+      graph: its layers.
+      names: its inputs and outputs.
+      num_microbatches: the count.
+      hash: of the traced graph; a plan belongs to one.
+      notes: what the user should know.
+    """
+
+    traced: TracedStep
+    graph: LayerGraph
+    names: StepNames
+    num_microbatches: int
+    hash: str
+    notes: tuple[str, ...]
+
+    @property
+    def parts(self) -> StepParts:
+        """The step's equations."""
+        return self.graph.parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CutStep:
+    """A step cut into stages, not traced yet.
+
+    Attributes:
+      source: the step.
+      cuts: forward pass of each stage.
+      split: where the update runs.
+    """
+
+    source: LayeredStep
+    cuts: tuple[StageCut, ...]
+    split: UpdateSplit
+
+    def stage(self, index: int, remat: str) -> StageStep:
+        """Trace one stage as a step of its own."""
+        s = self.source
+        return build_stage_step(s.parts, self.cuts[index], self.split, s.names, remat)
+
+
+def layer_step(
+    call: StepArgs, num_microbatches: int, layer_num: int | Literal["auto"] = "auto"
+) -> LayeredStep:
+    """Trace a step for a pipeline.
+
+    Raises:
+      StepError: the step does not keep the contract, has no captured gradient, or cannot be cut
+        into microbatches or layers.
+    """
+    whole, closed = _trace(call, 1)
+    traced = whole
+    if num_microbatches > 1:
+        traced, closed = _trace(call, num_microbatches)
+    aliases = state_aliases(traced, call.donate_argnums)
+    if not aliases:
+        raise StepError(
+            "a pipeline needs a step that returns its state: the argument that donate_argnums "
+            "names, first. Use a method without pipeline stages for other functions."
+        )
+    rows = batch_positions(traced, call.batch_argnums)
+    parts = split_parts(closed, rows)
+    kinds = check_outputs(whole, traced, num_microbatches)
+    graph = build_layers(parts, layer_num)
+    names = StepNames(
+        inputs=traced.graph.input_names,
+        outputs=traced.graph.output_names,
+        output_kinds=kinds,
+        aliases=aliases,
+    )
+    notes = combination_notes(whole, traced, kinds, num_microbatches)
+    return LayeredStep(
+        traced, graph, names, num_microbatches, graph_hash(traced.graph),
+        (*traced.graph.notes, *notes, *graph.notes),
+    )  # fmt: skip
+
+
+def cut_step(source: LayeredStep, stages: Sequence[Sequence[int]]) -> CutStep:
+    """Cut a step into stages.
+
+    Args:
+      source: the step.
+      stages: per stage, its layers.
+
+    Raises:
+      StepError: a layer is missing, comes twice or out of order, or a stage has none.
+    """
+    cuts = cut_forward(source.graph, stages)
+    return CutStep(source, cuts, split_update(source.parts, cuts, source.names.aliases))
+
+
+def _trace(call: StepArgs, num_microbatches: int) -> tuple[TracedStep, Any]:
+    args = call.args
+    if num_microbatches > 1:
+        args = split_batch(args, call.batch_argnums, num_microbatches)
+    return trace_whole_gradient(call.fun, *args, arg_names=call.arg_names, name=call.name)
