@@ -52,6 +52,10 @@ class PipelineMethod(Method):
             _check_count("layer_num", self.layer_num)
         _check_count("num_virtual", self.num_virtual)
 
+    def searches_mesh(self) -> bool:
+        """Logical meshes of stages are searched where none is prescribed."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipeshardParallel(PipelineMethod):
@@ -104,14 +108,20 @@ class ThreeDParallel(PipelineMethod):
         self, contraction: Contraction, classes: Sequence[int], strategies: Sequence[StrategySet],
         mesh: Mesh,
     ) -> list[np.ndarray]:  # fmt: skip
-        """The strategies that split the batch over the first axis, and over no other."""
+        """The strategies that split the batch over axis `dp`, and over no other."""
         masks = super().allowed(contraction, classes, strategies, mesh)
         batch = batch_factors(contraction)
         for node in contraction.nodes:
             cls, rows = classes[node.id], batch[node.id]
-            if rows and len(mesh.axes) > 1:
+            if rows:
                 fits = np.array(
-                    [a[0] in rows and not rows & set(a[1:]) for a in strategies[cls].assignments]
+                    [
+                        all(
+                            (factor in rows) == (name == "dp")
+                            for name, factor in zip(mesh.names, a, strict=True)
+                        )
+                        for a in strategies[cls].assignments
+                    ]
                 )
                 if (masks[cls] & fits).any():
                     masks[cls] &= fits

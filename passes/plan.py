@@ -164,18 +164,7 @@ class Plan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"no folder {path.parent} to write the plan {path.name} to")
-        text = json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
-        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with temporary.open("x", encoding="utf-8") as file:
-                file.write(text)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_plan_file(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:
@@ -184,17 +173,7 @@ class Plan:
         Raises:
           PlanError: the file is not a valid plan; says which field and why.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise PlanError(f"no plan file at {path}") from None
-        except OSError as error:
-            raise PlanError(f"{path} cannot be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or beyond all limits
-            raise PlanError(
-                f"{path} is not JSON ({error}); it may be truncated. Save the plan again."
-            ) from None
-        return cls.from_json(data, where=str(path))
+        return cls.from_json(read_plan_file(path), where=str(path))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -271,6 +250,40 @@ class Plan:
     def describe(self) -> str:
         """The plan as text: mesh, cost, memory, collectives and the layout of every input."""
         return describe_plan(self)
+
+
+def write_plan_file(path: str | Path, data: Mapping[str, Any]) -> None:
+    """Write JSON; the file appears whole or not at all."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.parent} to write the plan {path.name} to")
+    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_plan_file(path: str | Path) -> Any:
+    """The JSON data of a plan file, not checked yet.
+
+    Raises:
+      PlanError: there is no such file, or it is not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"no plan file at {path}") from None
+    except OSError as error:
+        raise PlanError(f"{path} cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or beyond all limits
+        raise PlanError(
+            f"{path} is not JSON ({error}); it may be truncated. Save the plan again."
+        ) from None
 
 
 def verify_plan(plan: Plan, where: str = "plan") -> None:

@@ -138,7 +138,8 @@ class GradRegion:
     Attributes:
       first_op, last_op: the region is `ops[first_op:last_op]`.
       loss: value id of the scalar loss; None in a pipeline stage that does not compute it.
-      aux: value ids of the auxiliary outputs; in a pipeline stage also of what it hands on and back.
+      aux: value ids of the auxiliary outputs; in a pipeline stage also of what it hands on and
+        back.
       grads: value ids of the gradients.
       params: value ids of the arrays differentiated, aligned with `grads`.
       forward: the loss function's own closed jaxpr (for passes that cut it into layers).

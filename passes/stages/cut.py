@@ -7,7 +7,7 @@ stage that makes them straight to every stage that reads them, neighbours or not
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ class StageCut:
     """The forward pass of one stage.
 
     Attributes:
-      index: of the stage.
+      index: of the stage; see `replicate` for several pipelines.
       layers: layers it has.
       segments: positions in `parts.loop` of what it runs, one tuple per layer, the repeated free
         equations of all layers first.
@@ -111,6 +111,28 @@ def cut_forward(graph: LayerGraph, stages: Sequence[Sequence[int]]) -> tuple[Sta
             results=tuple(results[stage]),
         )
         for stage, (own, free, before, read) in enumerate(drafts)
+    )  # fmt: skip
+
+
+def replicate(cuts: Sequence[StageCut], count: int) -> tuple[StageCut, ...]:
+    """The same stages once per pipeline: stage s of pipeline p gets index `p * stages + s`.
+
+    Schedules with two directions run every stage on two meshes, each for its own microbatches.
+    """
+    num = len(cuts)
+
+    def moved(links: Sequence[Link], by: int) -> tuple[Link, ...]:
+        return tuple(
+            replace(each, source=each.source + by, target=each.target + by) for each in links
+        )
+
+    return tuple(
+        replace(
+            cut, index=cut.index + p * num, received=moved(cut.received, p * num),
+            sent=moved(cut.sent, p * num),
+        )
+        for p in range(count)
+        for cut in cuts
     )  # fmt: skip
 
 

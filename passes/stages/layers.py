@@ -11,6 +11,7 @@ the loss function would put them all on the first stage) and cheap ones that no 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,7 +85,7 @@ def build_layers(parts: StepParts, layer_num: int | Literal["auto"] = "auto") ->
     else:
         cuts = list(_clustered(parts, placed, flops, layer_num, notes))
     bounds = [0, *cuts, len(placed)]
-    layers = tuple(tuple(placed[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+    layers = tuple(tuple(placed[a:b]) for a, b in itertools.pairwise(bounds))
     return LayerGraph(
         parts, frozenset(free), layers, tuple(float(flops[list(each)].sum()) for each in layers),
         tuple(_layer_key(parts, each) for each in layers), tuple(notes),
@@ -182,10 +183,10 @@ def _scope_boundaries(parts: StepParts, placed: Sequence[int]) -> np.ndarray | N
                 names[i] = names[i - 1]
             boundary[i] = names[i] != names[i - 1]
         return boundary
-    period, start = _repeated_run([_equation_key(parts.loop[i]) for i in placed])
+    period, start = _repeated_run([equation_key(parts.loop[i]) for i in placed])
     if not period:
         return None
-    keys = [_equation_key(parts.loop[i]) for i in placed]
+    keys = [equation_key(parts.loop[i]) for i in placed]
     for i in range(start, len(placed) + 1, period):
         boundary[i] = True
         if i + period > len(placed) or keys[i : i + period] != keys[start : start + period]:
@@ -231,11 +232,11 @@ def _layer_key(parts: StepParts, positions: Sequence[int]) -> str:
         ]
         for v in eqn.outvars:
             numbers[v] = len(numbers)
-        lines.append(f"{_equation_key(eqn)}({','.join(read)})")
+        lines.append(f"{equation_key(eqn)}({','.join(read)})")
     return "\n".join(lines)
 
 
-def _equation_key(eqn: Any) -> str:
+def equation_key(eqn: Any) -> str:
     shapes = ",".join(f"{a.aval.dtype}{list(a.aval.shape)}" for a in (*eqn.invars, *eqn.outvars))
     params = ",".join(f"{k}={param_key(v)}" for k, v in sorted(eqn.params.items()))
     return f"{eqn.primitive.name}[{params}]{shapes}"

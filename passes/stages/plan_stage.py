@@ -1,8 +1,8 @@
 """One stage planned on one submesh, by the passes that plan whole steps.
 
-In: a `StageStep`, the submesh as a small cluster of its own, and how many microbatches are in flight
-there. Out: the decision graph and prices (`stage_inputs`), or the `PlannedStep` that the runtime
-compiles (`plan_stage`).
+In: a `StageStep`, the submesh as a small cluster of its own, and how many microbatches are in
+flight there. Out: the decision graph (`stage_inputs`), or all layouts with their prices
+(`plan_stage`).
 """
 
 from __future__ import annotations

@@ -11,10 +11,15 @@ from alpa_lite.ir.graph import graph_hash
 from alpa_lite.ir.trace import TracedStep, trace_whole_gradient
 from alpa_lite.passes.microbatch import check_outputs, combination_notes
 from alpa_lite.passes.pipeline import StepArgs
-from alpa_lite.passes.stages.cut import StageCut, cut_forward
+from alpa_lite.passes.stages.cut import StageCut, cut_forward, replicate
 from alpa_lite.passes.stages.layers import LayerGraph, build_layers
 from alpa_lite.passes.stages.parts import StepParts, split_parts
-from alpa_lite.passes.stages.stage_step import StageStep, StepNames, build_stage_step
+from alpa_lite.passes.stages.stage_step import (
+    StageStep,
+    StepNames,
+    build_stage_step,
+    stage_signature,
+)
 from alpa_lite.passes.stages.update import UpdateSplit, split_update
 from alpa_lite.passes.step_contract import batch_positions, split_batch, state_aliases
 
@@ -59,10 +64,15 @@ class CutStep:
     cuts: tuple[StageCut, ...]
     split: UpdateSplit
 
-    def stage(self, index: int, remat: str) -> StageStep:
-        """Trace one stage as a step of its own."""
+    def stage(self, index: int, remat: str, like: StageStep | None = None) -> StageStep:
+        """Trace one stage as a step of its own, unless it is `like` one that was."""
         s = self.source
-        return build_stage_step(s.parts, self.cuts[index], self.split, s.names, remat)
+        return build_stage_step(s.parts, self.cuts[index], self.split, s.names, remat, like)
+
+    def signature(self, index: int, remat: str) -> str:
+        """Equal for stages that are alike but for names."""
+        s = self.source
+        return stage_signature(s.parts, self.cuts[index], self.split, s.names, remat)
 
 
 def layer_step(
@@ -101,18 +111,24 @@ def layer_step(
     )  # fmt: skip
 
 
-def cut_step(source: LayeredStep, stages: Sequence[Sequence[int]]) -> CutStep:
+def cut_step(
+    source: LayeredStep, stages: Sequence[Sequence[int]], shares: Sequence[float] = (1.0,)
+) -> CutStep:
     """Cut a step into stages.
 
     Args:
       source: the step.
       stages: per stage, its layers.
+      shares: per pipeline through the stages, its part of the microbatches; the cut has the stages
+        once for each.
 
     Raises:
       StepError: a layer is missing, comes twice or out of order, or a stage has none.
     """
-    cuts = cut_forward(source.graph, stages)
-    return CutStep(source, cuts, split_update(source.parts, cuts, source.names.aliases))
+    cuts = replicate(cut_forward(source.graph, stages), len(shares))
+    each = [share for share in shares for _ in stages]
+    split = split_update(source.parts, cuts, source.names.aliases, each)
+    return CutStep(source, cuts, split)
 
 
 def _trace(call: StepArgs, num_microbatches: int) -> tuple[TracedStep, Any]:

@@ -10,6 +10,7 @@ the same passes as those of a whole step.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from alpa_lite.ir.graph import Graph
 from alpa_lite.ir.trace import TracedStep, trace
 from alpa_lite.passes.pipeline_methods import NO_REMAT, SELECTIVE_REMAT
 from alpa_lite.passes.stages.cut import Link, StageCut
+from alpa_lite.passes.stages.layers import equation_key
 from alpa_lite.passes.stages.parts import StepParts, evaluate, read, variables
 from alpa_lite.passes.stages.update import Contribution, UpdateSplit
 
@@ -81,26 +83,27 @@ class StepNames:
 
 def build_stage_step(
     parts: StepParts, cut: StageCut, split: UpdateSplit, names: StepNames,
-    remat: str = NO_REMAT,
+    remat: str = NO_REMAT, like: StageStep | None = None,
 ) -> StageStep:  # fmt: skip
     """Trace one stage.
 
     Args:
       parts: of the whole step.
-      cut, split: of this stage, of the update.
+      cut: of this stage.
+      split: of the update.
       names: of the whole step.
       remat: one of `REMAT_POLICIES`, for every layer of the stage.
+      like: a stage with the same signature, whose graph is this one's with other names.
     """
     builder = _Stage(parts, cut, split, names, remat)
     state, arguments, rows = builder.inputs()
     ports = (*state, *arguments, *rows)
-    step = builder.step(state, arguments, rows)
-    avals = [builder.aval(p) for p in ports]
-    bounds = len(state), len(state) + len(arguments)
-    traced = trace(
-        step, avals[: bounds[0]], avals[bounds[0] : bounds[1]], avals[bounds[1] :],
-        name=f"stage{cut.index}",
-    )  # fmt: skip
+    if like is None:
+        step = builder.step(state, arguments, rows)
+        groups = [[builder.aval(p) for p in each] for each in (state, arguments, rows)]
+        traced = trace(step, *groups, name="stage")
+    else:
+        traced = like.traced
     outputs = builder.outputs(state)
     named = [builder.name(p, names.inputs) for p in ports]
     graph = replace(
@@ -109,6 +112,58 @@ def build_stage_step(
     )  # fmt: skip
     kinds = tuple(builder.kind(p) for p in outputs)
     return StageStep(cut, replace(traced, graph=graph), ports, outputs, kinds)
+
+
+def stage_signature(
+    parts: StepParts, cut: StageCut, split: UpdateSplit, names: StepNames, remat: str
+) -> str:
+    """A hash that is equal for stages whose graphs are equal but for names."""
+    builder = _Stage(parts, cut, split, names, remat)
+    state, arguments, rows = builder.inputs()
+    outputs = builder.outputs(state)
+    numbers: dict[Any, int] = {}
+    digest = hashlib.sha256(remat.encode())
+
+    def number(atom: Any) -> str:
+        if compat.is_literal(atom):
+            return f"lit{atom}"
+        if atom in parts.constants:
+            return f"const{id(parts.constants[atom])}"
+        return str(numbers.setdefault(atom, len(numbers)))
+
+    for group in (state, arguments, rows):
+        for port in group:
+            variable = parts.inputs[port.position] if port.position >= 0 else _of_port(port)
+            aval = builder.aval(port)
+            digest.update(
+                f"{port.kind} {aval.dtype}{aval.shape}{aval.weak_type} {number(variable)}\n".encode()
+            )
+        digest.update(b"--\n")
+    sections = (
+        [parts.before[i] for i in builder.before()],
+        *([parts.loop[i] for i in each] for each in cut.segments),
+        [parts.after[i] for i in split.equations[cut.index]],
+    )
+    for equations in sections:
+        for eqn in equations:
+            read_by = ",".join(map(number, eqn.invars))
+            made = ",".join(map(number, eqn.outvars))
+            digest.update(f"{equation_key(eqn)}({read_by})->{made}\n".encode())
+        digest.update(b"--\n")
+    for result in cut.results:
+        digest.update(f"result {result} {number(parts.results[result][1])}\n".encode())
+    for variable, found in split.contributions.items():
+        here = [c for c in found if c.stage == cut.index]
+        if here or variable in split.sums[cut.index]:
+            atoms = parts.grads if here and here[0].is_gradient else ()
+            wrt = [number(atoms[c.index][1]) for c in here if c.is_gradient]
+            shares = [(c.share, c.stage == cut.index) for c in found]
+            summed = variable in split.sums[cut.index]
+            digest.update(f"{number(variable)} {wrt} {shares} {summed}\n".encode())
+    for port in outputs:
+        atom = parts.outputs[port.position] if port.position >= 0 else _of_port(port)
+        digest.update(f"{port.kind} {builder.kind(port)} {number(atom)}\n".encode())
+    return digest.hexdigest()
 
 
 def update_rounds(graph: Graph, arrivals: Mapping[int, int]) -> dict[int, int]:
@@ -335,7 +390,10 @@ class _Stage:
                 v for eqn in equations for v in variables(eqn.invars) if v not in made
             )
             later = {
-                v for l in layers[number + 1 :] for i in l for v in variables(parts.loop[i].invars)
+                v
+                for later_layer in layers[number + 1 :]
+                for i in later_layer
+                for v in variables(parts.loop[i].invars)
             }
             inputs = [v for v in reads if v not in parts.constants]
             outputs = [
@@ -360,6 +418,8 @@ class _Stage:
             total = None
             for c in split.contributions[variable]:
                 x = made[c] if c.stage == here else received[c]
+                if c.share != 1.0 and jnp.issubdtype(x.dtype, jnp.inexact):
+                    x = x * jnp.asarray(c.share, x.dtype)
                 total = x if total is None else total + x
             late[variable] = total
         late.update({v: x for v, x in received.items() if not isinstance(v, Contribution)})
@@ -382,6 +442,10 @@ def _function(
         return [env[v] for v in outputs]
 
     return run
+
+
+def _of_port(port: Port) -> Any:
+    return port.key.variable if isinstance(port.key, Link) else _variable(port.key[0])
 
 
 def _variable(key: Any) -> Any:

@@ -34,12 +34,14 @@ class Contribution:
       stage: which computes it.
       is_gradient: of `StepParts.grads`; else of `StepParts.results`.
       index: position there.
+      share: of the microbatches that take the stage's pipeline; parts of several are weighted sums.
     """
 
     variable: Any
     stage: int
     is_gradient: bool
     index: int
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +71,8 @@ class UpdateSplit:
 
 
 def split_update(
-    parts: StepParts, cuts: Sequence[StageCut], aliases: Mapping[int, int]
+    parts: StepParts, cuts: Sequence[StageCut], aliases: Mapping[int, int],
+    shares: Sequence[float] | None = None,
 ) -> UpdateSplit:
     """Place the update.
 
@@ -77,8 +80,9 @@ def split_update(
       parts: of the step.
       cuts: its forward pass in stages.
       aliases: input position -> output position of the state.
+      shares: per stage, its part of the microbatches; all of them by default.
     """
-    return _Split(parts, cuts, aliases).run()
+    return _Split(parts, cuts, aliases, shares or [1.0] * len(cuts)).run()
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +90,7 @@ class _Split:
     parts: StepParts
     cuts: Sequence[StageCut]
     aliases: Mapping[int, int]
+    shares: Sequence[float]
     place: dict[Any, int] = field(default_factory=dict)
     """Variables that are on one stage only; others are computed wherever they are read."""
     needed: dict[Any, set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -163,12 +168,13 @@ class _Split:
     def contributions(self) -> dict[Any, tuple[Contribution, ...]]:
         found: dict[Any, list[Contribution]] = defaultdict(list)
         for cut in self.cuts:
+            share = self.shares[cut.index]
             for index in cut.results:
                 variable = self.parts.results[index][0]
-                found[variable].append(Contribution(variable, cut.index, False, index))
+                found[variable].append(Contribution(variable, cut.index, False, index, share))
             for index, (variable, atom) in enumerate(self.parts.grads):
                 if atom in cut.wrt:
-                    found[variable].append(Contribution(variable, cut.index, True, index))
+                    found[variable].append(Contribution(variable, cut.index, True, index, share))
         return {variable: tuple(each) for variable, each in found.items()}
 
     def forward_readers(self) -> dict[Any, set[int]]:
