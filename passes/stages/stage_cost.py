@@ -33,6 +33,19 @@ class StageCost:
     stash_bytes: float
 
     @property
+    def backward_input_s(self) -> float:
+        """The part of the backward pass that the stage before waits for: of matrix products, half.
+
+        The other half are the gradients of parameters, see `backward_weight_s`.
+        """
+        return self.backward_s / 2
+
+    @property
+    def backward_weight_s(self) -> float:
+        """The part of the backward pass that nobody waits for."""
+        return self.backward_s - self.backward_input_s
+
+    @property
     def microbatch_s(self) -> float:
         """Forward and backward of one microbatch."""
         return self.forward_s + self.backward_s
