@@ -1,13 +1,12 @@
 """Evaluates a step's graph on one device's parts, with exactly the collectives of the plan.
 
-In: `Decisions`. The interpreter runs inside `jax.shard_map`: it walks the graph, brings every
-operand from the layout it was made in to the layout its reader wants, and binds each primitive on
-local parts. Whatever collective the compiled program holds was decided by the plan.
+In: `Decisions`. The interpreter runs inside `jax.shard_map`: it walks the segments of the graph,
+brings every operand from the layout it was made in to the layout its reader wants, and binds each
+primitive on local parts. Whatever collective the compiled program holds was decided by the plan.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,14 +17,16 @@ import jax.numpy as jnp
 from alpa_lite.ir.graph import Graph, Literal, Op
 from alpa_lite.ir.sharding import ShardingSpec
 from alpa_lite.passes.decisions import Decisions, LayoutChange, layout_change
-from alpa_lite.passes.microbatch import CONCATENATE, MEAN, SUM
 from alpa_lite.passes.program import FlatOp, Path
 from alpa_lite.passes.reshard import ALL_GATHER, ReshardStep, plan_reshard
 from alpa_lite.runtime.local_ops import LocalOp, run_op
 from alpa_lite.runtime.reshard import combine, run_step
+from alpa_lite.runtime.segments import Segment
 
-Env = dict[Any, Any]
-"""Flat value id -> local array as made; (value, again, layout changes) -> after these changes."""
+Key = Any
+"""Flat value id, or (value, again, layout changes): what a local array is."""
+Env = dict[Key, Any]
+"""Local arrays as made, and after layout changes."""
 
 
 class Interpreter:
@@ -33,34 +34,36 @@ class Interpreter:
 
     Args:
       decisions: all layouts.
-      output_kinds: how outputs of microbatches combine, per graph output.
     """
 
-    def __init__(self, decisions: Decisions, output_kinds: Sequence[str]) -> None:
+    def __init__(self, decisions: Decisions) -> None:
         self.d = decisions
         self.c = decisions.contraction
         self.program = decisions.contraction.program
         self.mesh = decisions.mesh
-        self.output_kinds = output_kinds
         # Graph ops are found by path: the same body never hangs in two places.
 
-    def run(self, inputs: Sequence[jax.Array]) -> list[jax.Array]:
-        """Local outputs of the whole step, in `output_specs`."""
-        graph, env = self.program.graph, {}
-        for position, x in enumerate(inputs):
-            env[self.c.ops[self.program.link_at["input", (), position]].results[0]] = x
-        self._constants(graph, (), env)
-        if self.program.microbatching.num_microbatches == 1:
-            self._straight(graph, (), env)
-        else:
-            self._accumulate(graph, env)
-        return [self._output(i, env) for i in range(len(graph.outputs))]
+    def run(self, segment: Segment, env: Env) -> list[jax.Array]:
+        """Run a segment whose operands are in `env`; returns its outputs, in `output_spec`."""
+        for item in segment.items:
+            if isinstance(item, Op):
+                self._operation(self.program.graph, (), item, env)
+            else:
+                env[item.results[0]] = self._read(item, 0, env)
+        return [self._output(i, env) for i in segment.outputs]
 
-    def output_specs(self) -> list[ShardingSpec]:
-        """Layout of every output."""
-        return [self._output_spec(i) for i in range(len(self.program.graph.outputs))]
+    def input_value(self, position: int) -> int:
+        """Flat value of an input."""
+        return self._link("input", (), position).results[0]
 
-    def _output_spec(self, index: int) -> ShardingSpec:
+    def constant(self, value: int) -> jax.Array:
+        """The local part of an array captured by the outermost graph."""
+        env: Env = {}
+        self._constant(self.program.graph, (), value, env)
+        return env[self.program.value_at[(), value]]
+
+    def output_spec(self, index: int) -> ShardingSpec:
+        """Layout of an output."""
         if self.program.outputs[index] is None:
             return ShardingSpec(())
         link = self._output_link(index)
@@ -104,15 +107,15 @@ class Interpreter:
         self, env: Env, value: int, steps: Sequence[ReshardStep], again: str, tie: Any
     ) -> Any:
         """A value after layout changes; every intermediate layout is made once per scope."""
-        x = env[value]
-        for step, key in LayoutChange(value, again, (), tuple(steps)).results():
-            if key not in env:
-                _, late, history = key
-                if late and tie is not None and _is_first_gather(history):
-                    # Gather again instead of keeping the gathered array alive.
-                    x, _ = jax.lax.optimization_barrier((x, tie))
-                env[key] = run_step(x, step, self.mesh, again=bool(late))
-            x = env[key]
+        results = list(LayoutChange(value, again, (), tuple(steps)).results())
+        made = next((n for n in range(len(results), 0, -1) if results[n - 1][1] in env), 0)
+        x = env[results[made - 1][1] if made else value]
+        for step, key in results[made:]:
+            _, late, history = key
+            if late and tie is not None and _is_first_gather(history):
+                # Gather again instead of keeping the gathered array alive.
+                x, _ = jax.lax.optimization_barrier((x, tie))
+            x = env[key] = run_step(x, step, self.mesh, again=bool(late))
         return x
 
     def _replicated(self, env: Env, path: Path, operand: Any) -> Any:
@@ -124,30 +127,21 @@ class Interpreter:
 
     # Graphs.
 
-    def _constants(self, graph: Graph, path: Path, env: Env) -> None:
-        for value, array in graph.constants.items():
-            flat = self.program.value_at[path, value]
-            x = jnp.asarray(array)
-            for step in plan_reshard(
-                ShardingSpec.replicated(x.ndim), self.d.value_spec(flat), self.mesh
-            ):
-                x = run_step(x, step, self.mesh)
-            env[flat] = x
+    def _constant(self, graph: Graph, path: Path, value: int, env: Env) -> None:
+        flat = self.program.value_at[path, value]
+        x = jnp.asarray(graph.constants[value])
+        for step in plan_reshard(
+            ShardingSpec.replicated(x.ndim), self.d.value_spec(flat), self.mesh
+        ):
+            x = run_step(x, step, self.mesh)
+        env[flat] = x
 
-    def _straight(self, graph: Graph, path: Path, env: Env) -> None:
-        """Run all ops of a graph whose inputs are in `env`."""
-        ends = {r.last_op: r for r in graph.grad_regions} if not path else {}
+    def _body(self, graph: Graph, path: Path, env: Env) -> None:
+        """Run all ops of a nested graph whose inputs are in `env`."""
+        for value in graph.constants:
+            self._constant(graph, path, value, env)
         for op in graph.ops:
-            if op.id in ends:
-                self._gradients(ends[op.id].grads, env)
             self._operation(graph, path, op, env)
-        if len(graph.ops) in ends:
-            self._gradients(ends[len(graph.ops)].grads, env)
-
-    def _gradients(self, grads: Sequence[int], env: Env) -> None:
-        for value in dict.fromkeys(grads):
-            link = self._link("gradient", (), value)
-            env[link.results[0]] = self._read(link, 0, env)
 
     def _link(self, kind: str, path: Path, key: int) -> FlatOp:
         return self.c.ops[self.program.link_at[kind, path, key]]
@@ -264,8 +258,7 @@ class Interpreter:
             inner: Env = dict(base)
             for link, value in zip((*carries, *slices), (*carry, *x), strict=True):
                 inner[link.results[0]] = value
-            self._constants(body, inner_path, inner)
-            self._straight(body, inner_path, inner)
+            self._body(body, inner_path, inner)
             outs = [
                 self._carried(link, not isinstance(o, Literal), out, inner)
                 for link, o, out in zip(carries, outside, body.outputs, strict=False)
@@ -303,8 +296,7 @@ class Interpreter:
             for link, value in zip(carries, carry, strict=True):
                 inner[link.results[0]] = value
             inner_path = (*path, (op.id, index))
-            self._constants(graph, inner_path, inner)
-            self._straight(graph, inner_path, inner)
+            self._body(graph, inner_path, inner)
             return inner
 
         predicate = cond.outputs[0]
@@ -353,8 +345,7 @@ class Interpreter:
 
             def run() -> list[Any]:
                 inner = dict(base)
-                self._constants(graph, inner_path, inner)
-                self._straight(graph, inner_path, inner)
+                self._body(graph, inner_path, inner)
                 outs = []
                 for join, out in zip(joins, graph.outputs, strict=True):
                     if isinstance(out, Literal):
@@ -371,103 +362,6 @@ class Interpreter:
         for join, value in zip(joins, results, strict=True):
             env[join.results[0]] = value
 
-    # Gradient accumulation.
-
-    def _accumulate(self, graph: Graph, env: Env) -> None:
-        """Run the microbatch loop, then the update."""
-        loop = self.program.microbatching
-        (region,) = graph.grad_regions
-        before = [op for op in graph.ops[: region.last_op] if op.id not in loop.loop_ops]
-        for op in before:
-            self._operation(graph, (), op, env)
-        invariants = {v: self._read(self._link("enter", (), v), 0, env) for v in loop.invariants}
-        members = [op for op in graph.ops if op.id in loop.loop_ops]
-        count = loop.num_microbatches
-        values = list(dict.fromkeys((*region.grads, *loop.outputs)))
-        links = [self._link("gradient", (), v) for v in values]
-        kinds = [MEAN if v in region.grads else self._loop_kind(v) for v in values]
-
-        per_example = [
-            link.results[0] for link, kind in zip(links, kinds, strict=True) if kind == CONCATENATE
-        ]
-        leaves = [op.results[0] for op in self.c.ops if op.kind == "batch"]
-        blocks = math.lcm(*(self._shards(v) for v in (*leaves, *per_example)))
-        batches = self._microbatches(env, blocks)
-
-        def one(carry: list[Any], x: tuple[Any, dict[int, Any]]) -> tuple[list[Any], list[Any]]:
-            index, slices = x
-            inner: Env = {**env, **slices}
-            for value, held in invariants.items():
-                result = self._link("enter", (), value).results[0]
-                inner[result] = _fold(held, index) if value in loop.keys else held
-            for op in members:
-                self._operation(graph, (), op, inner)
-            new = [self._read(link, 0, inner) for link in links]
-            sums = iter(carry)
-            kept = [
-                next(sums) + x for x, kind in zip(new, kinds, strict=True) if kind != CONCATENATE
-            ]
-            return kept, [x for x, kind in zip(new, kinds, strict=True) if kind == CONCATENATE]
-
-        zeros = [
-            jnp.zeros(
-                self.d.result_specs[link.id][0].local_shape(
-                    self.c.values[link.results[0]].shape, self.mesh
-                ),
-                self.c.values[link.results[0]].aval.dtype,
-            )
-            for link, kind in zip(links, kinds, strict=True)
-            if kind != CONCATENATE
-        ]
-        sums, parts = jax.lax.scan(one, zeros, (jnp.arange(count), batches), length=count)
-        sum_of, part_of = iter(sums), iter(parts)
-        for link, kind in zip(links, kinds, strict=True):
-            if kind == CONCATENATE:
-                value = link.results[0]
-                env[value] = self._join_microbatches(next(part_of), value, blocks)
-            else:
-                total = next(sum_of)
-                env[link.results[0]] = total if kind == SUM else total / count
-        for op in graph.ops:
-            if op.id not in loop.loop_ops and op.id >= region.last_op:
-                self._operation(graph, (), op, env)
-
-    def _microbatches(self, env: Env, blocks: int) -> dict[int, jax.Array]:
-        """Batch leaves with a leading microbatch dim, cut without communication.
-
-        The batch is seen as `blocks` contiguous parts, as many as any leaf has shards; microbatch
-        i takes the i-th share of every part, whatever the leaf's own layout.
-        """
-        count = self.program.microbatching.num_microbatches
-        split = {}
-        for op in self.c.ops[: len(self.program.graph.inputs)]:
-            if op.kind == "batch":
-                x = env[op.results[0]]
-                mine = blocks // self._shards(op.results[0])
-                x = x.reshape(mine, count, x.shape[0] // (mine * count), *x.shape[1:])
-                x = jnp.moveaxis(x, 1, 0)
-                split[op.results[0]] = x.reshape(count, -1, *x.shape[3:])
-        return split
-
-    def _join_microbatches(self, parts: jax.Array, value: int, blocks: int) -> jax.Array:
-        """Per-example outputs of all microbatches, back in the order of the batch."""
-        count, rows = parts.shape[:2]
-        mine = blocks // self._shards(value)
-        parts = parts.reshape(count, mine, rows // mine, *parts.shape[2:])
-        return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[3:])
-
-    def _shards(self, value: int) -> int:
-        """Shards of dim 0."""
-        return self.mesh.size(self.d.value_spec(value).dims[0])
-
-    def _loop_kind(self, value: int) -> str:
-        outputs = self.program.graph.outputs
-        for i, output in enumerate(outputs):
-            if output == value and not isinstance(output, Literal):
-                return self.output_kinds[i]
-        floating = jnp.issubdtype(self.program.graph.values[value].dtype, jnp.floating)
-        return MEAN if floating else SUM
-
 
 def _is_first_gather(history: Sequence[ReshardStep]) -> bool:
     """Whether the last of these layout changes is the first that gathers."""
@@ -479,9 +373,3 @@ def _operand_at(op: Op, key: int) -> Any:
     if op.name != "cond":
         return op.operands[key]
     return op.operands[1 + (key - 1) % (len(op.operands) - 1)]
-
-
-def _fold(key: jax.Array, index: jax.Array) -> jax.Array:
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.fold_in(key, index)
-    return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key), index))

@@ -2,12 +2,12 @@
 
 In: a `PlannedStep` and devices. Out: one `jax.jit` of one `jax.shard_map`, with the input and
 output shardings of the plan, the state donated. Inside, every device evaluates the graph on its own
-parts (`interpreter`), so the compiled program has the plan's collectives and no others.
+parts (`microbatches`), so the compiled program has the plan's collectives and no others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,13 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from alpa_lite.errors import PlanError
-from alpa_lite.ir.graph import Graph, Literal, Operand
+from alpa_lite.ir.graph import Graph, Literal
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
 from alpa_lite.passes.pipeline import PlannedStep
 from alpa_lite.passes.plan import Plan
 from alpa_lite.runtime.arguments import Inputs, OwnResults, find_rivals, place
 from alpa_lite.runtime.interpreter import Interpreter
+from alpa_lite.runtime.microbatches import run_step
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -96,20 +97,12 @@ def lower_step(
     """
     d = planned.decisions
     mesh = device_mesh(d.mesh, devices)
-    interpreter = Interpreter(d, planned.output_kinds)
+    interpreter = Interpreter(d)
     program = d.contraction.program
     in_specs = [
         d.result_specs[program.link_at["input", (), i]][0] for i in range(len(program.graph.inputs))
     ]
-    out_specs = interpreter.output_specs()
-    weak = [_is_weak(program.graph, operand) for operand in program.graph.outputs]
-    step = jax.shard_map(
-        lambda *inputs: tuple(map(_with_weak_type, interpreter.run(inputs), weak)),
-        mesh=mesh,
-        in_specs=tuple(s.partition_spec() for s in in_specs),
-        out_specs=tuple(s.partition_spec() for s in out_specs),
-        check_vma=False,
-    )
+    out_specs = [interpreter.output_spec(i) for i in range(len(program.graph.outputs))]
     # One object per layout: that a result lies where the next call wants it is then seen at once.
     shardings = {s: sharding(mesh, s) for s in (*in_specs, *out_specs)}
     in_shardings = tuple(shardings[s] for s in in_specs)
@@ -117,15 +110,14 @@ def lower_step(
         jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False))
         for a in full_avals
     )
-    jitted = jax.jit(
-        step,
-        in_shardings=in_shardings,
-        out_shardings=tuple(shardings[s] for s in out_specs),
-        donate_argnums=tuple(donate),
-        keep_unused=True,
-        compiler_options=compiler_options(mesh.devices.flat[0].platform),
-    )
-    compiled = jitted.lower(*avals).compile()
+
+    def step(*inputs: jax.Array) -> tuple[jax.Array, ...]:
+        results = run_step(interpreter, planned.output_kinds, inputs)
+        return tuple(as_traced(program.graph, i, x) for i, x in enumerate(results))
+
+    compiled = compile_local(
+        step, mesh, avals, in_shardings, tuple(shardings[s] for s in out_specs), tuple(donate),
+    )  # fmt: skip
     traced = program.step
     inputs = Inputs(
         traced.graph.input_names, avals, in_shardings, frozenset(donate),
@@ -134,6 +126,39 @@ def lower_step(
     return Executable(
         planned.plan, mesh, compiled, inputs, traced.in_tree, traced.out_tree, own or OwnResults()
     )
+
+
+def compile_local(
+    local: Callable[..., tuple[Any, ...]], mesh: jax.sharding.Mesh,
+    avals: Sequence[jax.ShapeDtypeStruct], in_shardings: Sequence[NamedSharding],
+    out_shardings: Sequence[NamedSharding], donate: Sequence[int],
+) -> Any:  # fmt: skip
+    """Compile what every device does with its parts.
+
+    Args:
+      local: a flat function of this device's parts, to be run inside `jax.shard_map`.
+      mesh: the devices.
+      avals: shapes and dtypes of the whole arguments.
+      in_shardings: their layouts.
+      out_shardings: layouts of the results.
+      donate: positions of the arguments to donate.
+    """
+    step = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=tuple(s.spec for s in in_shardings),
+        out_specs=tuple(s.spec for s in out_shardings),
+        check_vma=False,
+    )
+    jitted = jax.jit(
+        step,
+        in_shardings=tuple(in_shardings),
+        out_shardings=tuple(out_shardings),
+        donate_argnums=tuple(donate),
+        keep_unused=True,
+        compiler_options=compiler_options(mesh.devices.flat[0].platform),
+    )
+    return jitted.lower(*avals).compile()
 
 
 def compiler_options(platform: str) -> dict[str, bool]:
@@ -168,13 +193,14 @@ def sharding(mesh: jax.sharding.Mesh, spec: ShardingSpec) -> NamedSharding:
     return NamedSharding(mesh, spec.partition_spec())
 
 
-def _is_weak(graph: Graph, operand: Operand) -> bool:
+def as_traced(graph: Graph, output: int, x: Any) -> Any:
+    """An output as weak as it was traced.
+
+    State must come out as it went in, or the next call differs.
+    """
+    operand = graph.outputs[output]
     aval = operand.aval if isinstance(operand, Literal) else graph.values[operand].aval
-    return getattr(aval, "weak_type", False)
-
-
-def _with_weak_type(x: Any, weak: bool) -> Any:
-    """`x` as weak as it was traced: state must come out as it went in, or the next call differs."""
+    weak = getattr(aval, "weak_type", False)
     if getattr(jax.typeof(x), "weak_type", False) == weak:
         return x
     return jax.lax.convert_element_type_p.bind(x, new_dtype=x.dtype, weak_type=weak, sharding=None)

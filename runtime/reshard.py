@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from alpa_lite.ir.sharding import Mesh
+from alpa_lite.ir.sharding import Mesh, ShardingSpec
 from alpa_lite.passes import reshard as steps
 from alpa_lite.passes.reshard import ReshardStep
 
@@ -39,6 +39,22 @@ def run_step(x: jax.Array, step: ReshardStep, mesh: Mesh, *, again: bool = False
         return _summed(x, lambda y: jax.lax.psum(y, axes))
     assert step.kind == steps.MASK, step.kind
     return keep_on_first(x, axes)
+
+
+def spec_after(spec: ShardingSpec, step: ReshardStep) -> ShardingSpec:
+    """The layout of what `run_step` makes of an array."""
+    dims = [list(axes) for axes in spec.dims]
+    partial = set(spec.partial)
+    if step.kind == steps.MASK:
+        partial |= set(step.axes)
+    if step.kind in (steps.ALL_REDUCE, steps.REDUCE_SCATTER):
+        partial -= set(step.axes)
+    if step.kind in (steps.ALL_GATHER, steps.ALL_TO_ALL):
+        source = dims[step.dim if step.kind == steps.ALL_GATHER else step.from_dim]
+        del source[len(source) - len(step.axes) :]
+    if step.kind in (steps.SLICE, steps.REDUCE_SCATTER, steps.ALL_TO_ALL):
+        dims[step.dim] += step.axes
+    return ShardingSpec(tuple(map(tuple, dims)), tuple(sorted(partial)))
 
 
 def _gather(x: jax.Array, step: ReshardStep) -> jax.Array:
