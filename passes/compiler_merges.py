@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 
-from alpa_lite.ir.graph import op_key
 from alpa_lite.passes.decisions import CollectiveUse, Decisions, keyed_collectives
 from alpa_lite.passes.program import FlatOp, FlatValue
 
@@ -63,9 +62,7 @@ def _function(op: FlatOp) -> str | None:
     """What the op computes, None if only this op computes it."""
     if op.kind == "gradient":
         return op.kind
-    if op.kind != "op" or op.op is None or op.graph is None or op.op.subgraphs:
-        return None
-    return op_key(op.graph, op.op)
+    return op.key or None
 
 
 def _is_identity(op: FlatOp, values: Sequence[FlatValue]) -> bool:

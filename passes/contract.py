@@ -71,53 +71,86 @@ class _UnionFind:
         return x
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _RuleFacts:
+    """What merging needs of a rule; equal ops have one rule object, looked at once.
+
+    Attributes:
+      kinds, sizes: of each factor.
+      rivals: of each factor, those that stand beside it in an array: one axis splits one of them.
+      sums, anchors: whether it leaves pending sums, or makes the op decide alone.
+    """
+
+    kinds: tuple[FactorKind, ...]
+    sizes: tuple[int, ...]
+    rivals: tuple[tuple[int, ...], ...]
+    sums: bool
+    anchors: bool
+
+    @classmethod
+    def of(cls, rule: ShardingRule) -> _RuleFacts:
+        """Look at a rule."""
+        arrays = (*rule.operands, *rule.results)
+        # Only the major factor of a dim can be sharded: a minor one would not be contiguous.
+        minor = {f for array in arrays for dim in array for f in dim[1:]}
+        rivals: list[set[int]] = [set() for _ in rule.factors]
+        for array in arrays:
+            majors = {dim[0] for dim in array if dim}
+            for f in majors:
+                rivals[f] |= majors - {f}
+        return cls(
+            kinds=tuple(
+                FactorKind.BLOCKED if i in minor or f.size == 1 else f.kind
+                for i, f in enumerate(rule.factors)
+            ),
+            sizes=tuple(f.size for f in rule.factors),
+            rivals=tuple(map(tuple, rivals)),
+            sums=op_traits.sums_over(rule),
+            anchors=rule.origin == "replicated"
+            or op_traits.has_blocked(rule)
+            or op_traits.splits_dims(rule),
+        )
+
+
 class _Merger:
     def __init__(self, program: Program, rules: Sequence[ShardingRule]) -> None:
         self.program = program
         self.rules = list(rules)
+        known: dict[int, _RuleFacts] = {}
+        self.facts = [known.get(id(r)) or known.setdefault(id(r), _RuleFacts.of(r)) for r in rules]
         self.offset: list[int] = []
         self.kind: list[FactorKind] = []
         self.size: list[int] = []
-        for rule in self.rules:
-            self.add_factors(rule)
+        self.rivals: list[set[int]] = []
+        for facts in self.facts:
+            self.add_factors(facts)
         self.factor_sets = _UnionFind(list(range(len(self.kind))))
-        self.rivals: list[set[int]] = [set() for _ in self.kind]
-        for op, rule in zip(program.ops, self.rules, strict=True):
-            self.note_rivals(op.id, rule)
         self.groups = _UnionFind([op.id for op in program.ops])
-        self.largest = [self.largest_array(op) for op in program.ops]
+        self.largest_array = [self.find_largest_array(op) for op in program.ops]
+        self.largest = list(self.largest_array)  # of the groups
         self.readers: dict[int, list[int]] = defaultdict(list)
         for op in program.ops:
             for value in op.operands:
                 self.readers[value].append(op.id)
+        self.linear = [op_traits.is_linear(op) for op in program.ops]
         self.gradient_bound = self.find_gradient_bound()
+        self.anchor = [self.is_anchor(op) for op in program.ops]
         self.partial_ok = self.find_partial_capable()
+        self.hands_on = [self.hands_partial_on(op) for op in program.ops]
 
-    def add_factors(self, rule: ShardingRule) -> None:
-        self.offset.append(len(self.kind))
-        minor = {f for array in (*rule.operands, *rule.results) for dim in array for f in dim[1:]}
-        for i, factor in enumerate(rule.factors):
-            # Only the major factor of a dim can be sharded: a minor one would not be contiguous.
-            blocked = factor.kind is FactorKind.BLOCKED or i in minor or factor.size == 1
-            self.kind.append(FactorKind.BLOCKED if blocked else factor.kind)
-            self.size.append(factor.size)
-
-    def note_rivals(self, op: int, rule: ShardingRule) -> None:
-        base = self.offset[op]
-        for array in (*rule.operands, *rule.results):
-            majors = [base + dim[0] for dim in array if dim]
-            for f in majors:
-                self.rivals[f].update(g for g in majors if g != f)
+    def add_factors(self, facts: _RuleFacts) -> None:
+        base = len(self.kind)
+        self.offset.append(base)
+        self.kind += facts.kinds
+        self.size += facts.sizes
+        self.rivals += ({base + g for g in others} for others in facts.rivals)
 
     # What may be merged.
 
     def is_anchor(self, op: FlatOp) -> bool:
         if op.kind != "op":
             return op.kind not in op_traits.MERGEABLE_LINKS
-        rule = self.rules[op.id]
-        if op.name in op_traits.HEAVY or rule.origin == "replicated":
-            return True
-        if op_traits.has_blocked(rule) or op_traits.splits_dims(rule):
+        if op.name in op_traits.HEAVY or self.facts[op.id].anchors:
             return True
         return op.name == "reduce_sum" and any(r in self.gradient_bound for r in op.results)
 
@@ -127,57 +160,54 @@ class _Merger:
         bound: set[int] = set()
         for op in program.ops:
             if op.kind == "gradient":
-                bound |= set(op.operands)
+                bound.update(op.operands)
             elif op.phase == UPDATE and not program.graph.grad_regions:
                 bound |= {
                     v for v in op.operands if program.ops[program.definition[v]].phase == BACKWARD
                 }
         for op in reversed(program.ops):
-            if op_traits.is_linear(op) and any(r in bound for r in op.results):
-                bound |= set(op.operands)
+            if self.linear[op.id] and any(r in bound for r in op.results):
+                bound.update(op.operands)
         return bound
 
     def find_partial_capable(self) -> set[int]:
         """Values that can be pending sums: of contractions, then of linear ops on only such."""
         capable: set[int] = set()
         for op in self.program.ops:
-            rule = self.rules[op.id]
-            summing = op.kind == "op" and self.is_anchor(op) and op_traits.sums_over(rule)
+            summing = op.kind == "op" and self.anchor[op.id] and self.facts[op.id].sums
             follows = (
-                op_traits.is_linear(op)
+                self.linear[op.id]
                 and op.operands
                 and (op.phase != UPDATE or op.kind != "op")
                 and all(v in capable for v in op.operands)
             )
             if summing or follows:
-                capable |= set(op.results)
+                capable.update(op.results)
         return capable
 
-    def is_partial_linear(self, op: FlatOp) -> bool:
-        """A linear op that can hand a pending sum on."""
-        return bool(op.results) and op.results[0] in self.partial_ok and op_traits.is_linear(op)
+    def hands_partial_on(self, op: FlatOp) -> bool:
+        """Whether it is a linear op that can hand a pending sum on."""
+        return self.linear[op.id] and bool(op.results) and op.results[0] in self.partial_ok
 
     def merge_all(self) -> None:
         program = self.program
         for op in program.ops:
-            if self.is_anchor(op):
+            if self.anchor[op.id]:
                 continue
-            largest = self.largest_array(op)
+            largest = self.largest_array[op.id]
             for position, value in enumerate(op.operands):
                 size = program.values[value].num_elements
                 producer = program.ops[program.definition[value]]
                 if size == largest and size > 1 and self.may_join(op, producer):
                     self.try_merge(op, position, producer, program.values[value])
 
-    def largest_array(self, op: FlatOp) -> int:
+    def find_largest_array(self, op: FlatOp) -> int:
         """Elements of the largest array that the op reads or makes."""
         around = (*op.operands, *op.results)
         return max((self.program.values[v].num_elements for v in around), default=0)
 
     def may_join(self, op: FlatOp, producer: FlatOp) -> bool:
-        if self.is_anchor(producer):
-            return False
-        if self.is_partial_linear(op) != self.is_partial_linear(producer):
+        if self.anchor[producer.id] or self.hands_on[op.id] != self.hands_on[producer.id]:
             return False
         return self.side(op) == self.side(producer)
 
@@ -194,6 +224,7 @@ class _Merger:
         if value.num_elements < min(self.largest[here], self.largest[there]):
             # Dims that the value lacks would stay apart, and an axis could split one of them only.
             return
+        find = self.factor_sets.find
         result = producer.results.index(value.id)
         ours = self.rules[op.id].operands[position]
         theirs = self.rules[producer.id].results[result]
@@ -202,8 +233,8 @@ class _Merger:
             if len(a) > 1 or len(b) > 1:
                 return
             if a and b:
-                x = self.factor_sets.find(self.offset[op.id] + a[0])
-                y = self.factor_sets.find(self.offset[producer.id] + b[0])
+                x = find(self.offset[op.id] + a[0])
+                y = find(self.offset[producer.id] + b[0])
                 if x != y:
                     pairs.append((x, y))
         if any(self.conflict(x, y) for x, y in pairs):
@@ -215,7 +246,7 @@ class _Merger:
         self.largest[first] = max(self.largest[first], self.largest[second])
 
     def conflict(self, x: int, y: int) -> bool:
-        x, y = self.factor_sets.find(x), self.factor_sets.find(y)
+        """Whether two roots stand beside each other in some array."""
         smaller, other = (x, y) if len(self.rivals[x]) < len(self.rivals[y]) else (y, x)
         return any(self.factor_sets.find(r) == other for r in self.rivals[smaller])
 
@@ -226,7 +257,7 @@ class _Merger:
         if len(self.rivals[x]) < len(self.rivals[y]):
             x, y = y, x
         self.factor_sets.parent[y] = x
-        self.rivals[x] = {self.factor_sets.find(r) for r in self.rivals[x] | self.rivals[y]}
+        self.rivals[x] |= self.rivals[y]
         self.rivals[y] = set()
         self.size[x] = math.gcd(self.size[x], self.size[y])
         if FactorKind.BLOCKED in (self.kind[x], self.kind[y]):
@@ -287,11 +318,10 @@ class _Merger:
         operands.append([value.id])
         rule = rule_of_link(copy, values)
         self.rules.append(rule)
-        self.add_factors(rule)
-        new = range(len(self.factor_sets.parent), len(self.kind))
-        self.factor_sets.parent.extend(new)
-        self.rivals.extend(set() for _ in new)
+        self.add_factors(_RuleFacts.of(rule))
+        self.factor_sets.parent.extend(range(len(self.factor_sets.parent), len(self.kind)))
         self.groups.parent.append(copy.id)
+        self.hands_on.append(False)
         for reader, position in uses:
             operands[reader][position] = result.id
         return result
@@ -300,7 +330,7 @@ class _Merger:
         """Parameters and what cheap ops make of them: their gathers are not kept for backward."""
         lasting: set[int] = set()
         for op in self.program.ops:
-            cheap = not self.is_anchor(op) and op.operands and set(op.operands) <= lasting
+            cheap = not self.anchor[op.id] and op.operands and set(op.operands) <= lasting
             if op.kind in ("state", "argument", "enter") or cheap:
                 lasting |= set(op.results)
         return lasting
@@ -316,18 +346,27 @@ class _Merger:
             members[self.groups.find(op.id)].append(op.id)
         node_of = [0] * len(ops)
         nodes: list[Node] = []
+        roots = [self.factor_sets.find(f) for f in range(len(self.kind))]
         factor_index: dict[int, int] = {}
         for root in sorted(members):
             node_id = len(nodes)
             for op_id in members[root]:
                 node_of[op_id] = node_id
-            nodes.append(self.make_node(node_id, members[root], ops, values, factor_index))
-        partial_nodes = {n.id for n in nodes if n.can_be_partial}
+            nodes.append(self.make_node(node_id, members[root], ops, values, roots, factor_index))
+        index = [factor_index.get(root, NONE) for root in roots]
         operand_layouts, result_layouts = [], []
+        # Equal ops of equal nodes share one pair of tuples.
+        known: dict[tuple[object, ...], tuple[tuple[Layout, ...], tuple[Layout, ...]]] = {}
         for op in ops:
-            ins, outs = self.layouts(op, factor_index, node_of[op.id] in partial_nodes)
-            operand_layouts.append(ins)
-            result_layouts.append(outs)
+            rule, base = rules[op.id], self.offset[op.id]
+            own = tuple(index[base : base + len(rule.factors)])
+            stays = op.kind == "op" and bool(op.results) and op.results[0] in self.partial_ok
+            partial = nodes[node_of[op.id]].can_be_partial
+            key = (id(rule), own, stays, partial, self.hands_on[op.id])
+            if key not in known:
+                known[key] = _layouts(rule, own, stays, partial, partial and self.hands_on[op.id])
+            operand_layouts.append(known[key][0])
+            result_layouts.append(known[key][1])
         definition = list(self.program.definition) + [op.id for op in ops[len(self.program.ops) :]]
         return Contraction(
             program=self.program, rules=tuple(rules), ops=tuple(ops), values=tuple(values),
@@ -338,56 +377,56 @@ class _Merger:
 
     def make_node(
         self, node_id: int, member_ops: Sequence[int], ops: Sequence[FlatOp],
-        values: Sequence[FlatValue], factor_index: dict[int, int],
+        values: Sequence[FlatValue], roots: Sequence[int], factor_index: dict[int, int],
     ) -> Node:  # fmt: skip
         weights: dict[int, float] = {}
         for op_id in member_ops:
             rule, base = self.rules[op_id], self.offset[op_id]
-            for f in range(len(rule.factors)):
-                root = self.factor_sets.find(base + f)
+            for root in roots[base : base + len(rule.factors)]:
                 if self.kind[root] is not FactorKind.BLOCKED:
                     weights.setdefault(root, 0.0)
             for value, array in zip(ops[op_id].results, rule.results, strict=True):
+                num_bytes = values[value].num_bytes * ops[op_id].weight
                 for dim in array:
-                    root = self.factor_sets.find(base + dim[0]) if dim else NONE
-                    if root in weights:
-                        weights[root] += values[value].num_bytes * ops[op_id].weight
+                    if dim and roots[base + dim[0]] in weights:
+                        weights[roots[base + dim[0]]] += num_bytes
         factors: list[NodeFactor] = []
         for root, weight in weights.items():
             factor_index[root] = len(factors)
             label = f"{_letter(len(factors))}{self.size[root]}"
             factors.append(NodeFactor(self.size[root], label, weight))
-        linear = all(self.is_partial_linear(ops[o]) for o in member_ops)
+        linear = all(self.hands_on[o] for o in member_ops)
         name = _node_name(ops, values, member_ops)
         return Node(node_id, tuple(member_ops), tuple(factors), linear, name)
 
-    def layouts(
-        self, op: FlatOp, factor_index: dict[int, int], node_partial: bool
-    ) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
-        rule, base = self.rules[op.id], self.offset[op.id]
 
-        def index(f: int) -> int:
-            return factor_index.get(self.factor_sets.find(base + f), NONE)
+def _layouts(
+    rule: ShardingRule, index: Sequence[int], stays: bool, reads_partial: bool, hands_on: bool
+) -> tuple[tuple[Layout, ...], tuple[Layout, ...]]:
+    """Layouts of the operands and results of an op.
 
-        def dims(array: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
-            return tuple(index(dim[0]) if dim else NONE for dim in array)
+    Args:
+      rule: of the op.
+      index: node factor of each of its factors, or NONE.
+      stays: whether its sums may stay pending.
+      reads_partial: whether operands are pending where its node says so.
+      hands_on: whether results are.
+    """
 
-        reduced = {
-            index(i): f.combine
-            for i, f in enumerate(rule.factors)
-            if f.kind is FactorKind.REDUCTION and f.size > 1 and index(i) != NONE
-        }
-        stays = op.kind == "op" and bool(op.results) and op.results[0] in self.partial_ok
-        linear = self.is_partial_linear(op)
-        pending = tuple(f for f, combine in reduced.items() if combine == "sum" and stays)
-        resolved = tuple(f for f in reduced if f not in pending)
-        combine = next((reduced[f] for f in resolved), "sum")
-        ins = tuple(Layout(dims(a), follows_partial=node_partial) for a in rule.operands)
-        outs = tuple(
-            Layout(dims(a), pending, node_partial and linear, resolved, combine)
-            for a in rule.results
-        )
-        return ins, outs
+    def dims(array: tuple[tuple[int, ...], ...]) -> tuple[int, ...]:
+        return tuple(index[dim[0]] if dim else NONE for dim in array)
+
+    reduced = {
+        index[i]: f.combine
+        for i, f in enumerate(rule.factors)
+        if f.kind is FactorKind.REDUCTION and f.size > 1 and index[i] != NONE
+    }
+    pending = tuple(f for f, combine in reduced.items() if combine == "sum" and stays)
+    resolved = tuple(f for f in reduced if f not in pending)
+    combine = next((reduced[f] for f in resolved), "sum")
+    ins = tuple(Layout(dims(a), follows_partial=reads_partial) for a in rule.operands)
+    outs = tuple(Layout(dims(a), pending, hands_on, resolved, combine) for a in rule.results)
+    return ins, outs
 
 
 def _letter(i: int) -> str:

@@ -24,11 +24,15 @@ def program_rules(program: Program, table: RuleTable) -> list[ShardingRule]:
     found = dict(
         zip((o.id for o in ops), table.lookup_many([_equation(o) for o in ops]), strict=True)
     )
+    read: dict[tuple[int, tuple[int, ...]], ShardingRule] = {}  # equal ones are one object
     rules = []
     for op in program.ops:
         if op.kind == "op":
             rule = found[op.id]
-            rules.append(replace(rule, operands=tuple(rule.operands[p] for p in op.positions)))
+            key = (id(rule), op.positions)
+            if key not in read:
+                read[key] = replace(rule, operands=tuple(rule.operands[p] for p in op.positions))
+            rules.append(read[key])
         else:
             rules.append(rule_of_link(op, program.values))
     return rules

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 
 from alpa_lite.passes.program import FlatOp, FlatValue, Program
@@ -68,7 +68,7 @@ class Node:
     name: str
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)  # without slots, as `uses` are found once
 class Contraction:
     """The decision graph.
 
@@ -115,12 +115,11 @@ class Contraction:
         value = self.operands[op][position]
         return value, self.node_of[op], self.ops[op].phase, self.operand_layouts[op][position]
 
-    def uses(self) -> Iterator[tuple[FlatOp, int]]:
+    @functools.cached_property
+    def uses(self) -> tuple[tuple[FlatOp, int], ...]:
         """(op, operand position) of every use that may change a layout, shared ones once."""
-        seen = set()
+        first: dict[tuple[int, int, str, Layout], tuple[FlatOp, int]] = {}
         for op in self.ops:
             for position in range(len(self.operands[op.id])):
-                key = self.use_key(op.id, position)
-                if key not in seen:
-                    seen.add(key)
-                    yield op, position
+                first.setdefault(self.use_key(op.id, position), (op, position))
+        return tuple(first.values())

@@ -21,6 +21,9 @@ from alpa_lite.passes.strategies import Assignment, layout_spec
 ResultKey = tuple[str, tuple[ReshardStep, ...]]
 """Of a layout change: `again` and the steps so far."""
 
+_Specs = tuple[ShardingSpec, ...]
+_Resolved = tuple[tuple[str, ...], str]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decisions:
@@ -38,9 +41,9 @@ class Decisions:
     contraction: Contraction
     mesh: Mesh
     assignments: tuple[Assignment, ...]
-    operand_specs: tuple[tuple[ShardingSpec, ...], ...]
-    result_specs: tuple[tuple[ShardingSpec, ...], ...]
-    resolved: tuple[tuple[tuple[tuple[str, ...], str], ...], ...]
+    operand_specs: tuple[_Specs, ...]
+    result_specs: tuple[_Specs, ...]
+    resolved: tuple[tuple[_Resolved, ...], ...]
 
     def value_spec(self, value: int) -> ShardingSpec:
         """The spec a value has where it is made."""
@@ -74,15 +77,25 @@ def decide(contraction: Contraction, mesh: Mesh, assignments: Sequence[Assignmen
     """Derive all specs from the assignments of the nodes."""
     c = contraction
     spec = functools.cache(lambda layout, assignment: layout_spec(layout, assignment, mesh))
-    reduced = functools.cache(
-        lambda layout, assignment: (resolved_axes(layout, assignment, mesh), layout.combine)
-    )
-    operand_specs, result_specs, resolved = [], [], []
+    operand_specs: list[_Specs] = []
+    result_specs: list[_Specs] = []
+    resolved: list[tuple[_Resolved, ...]] = []
+    # Equal ops of equal nodes share their tuples of layouts, and so of specs.
+    known: dict[tuple[int, int, Assignment], tuple[_Specs, _Specs, tuple[_Resolved, ...]]] = {}
     for op in c.ops:
+        ins, outs = c.operand_layouts[op.id], c.result_layouts[op.id]
         chosen = assignments[c.node_of[op.id]]
-        operand_specs.append(tuple(spec(x, chosen) for x in c.operand_layouts[op.id]))
-        result_specs.append(tuple(spec(x, chosen) for x in c.result_layouts[op.id]))
-        resolved.append(tuple(reduced(x, chosen) for x in c.result_layouts[op.id]))
+        key = (id(ins), id(outs), chosen)
+        if key not in known:
+            known[key] = (
+                tuple(spec(x, chosen) for x in ins),
+                tuple(spec(x, chosen) for x in outs),
+                tuple((resolved_axes(x, chosen, mesh), x.combine) for x in outs),
+            )
+        operands, results, sums = known[key]
+        operand_specs.append(operands)
+        result_specs.append(results)
+        resolved.append(sums)
     return Decisions(
         c, mesh, tuple(assignments), tuple(operand_specs), tuple(result_specs), tuple(resolved)
     )
@@ -149,7 +162,9 @@ def keyed_collectives(decisions: Decisions) -> Iterator[tuple[CollectiveUse, int
     """
     d, c = decisions, decisions.contraction
     seen = set()
-    for op, position in c.uses():
+    for op, position in c.uses:
+        if d.value_spec(c.operands[op.id][position]) == d.operand_specs[op.id][position]:
+            continue
         change = layout_change(d, op, position)
         flat = c.values[change.base]
         for step, key in change.results():

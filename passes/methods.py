@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import reprlib
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -285,25 +286,27 @@ def _check_mesh_shape(shape: Any) -> None:
 def batch_factors(contraction: Contraction) -> list[frozenset[int]]:
     """Node factors that stem from dim 0 of the batch, per node."""
     c = contraction
-    found: list[set[int]] = [set() for _ in c.nodes]
+    reads: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)
     for op in c.ops:
-        if op.kind == "batch" and c.result_layouts[op.id][0].dims:
-            found[c.node_of[op.id]].add(c.result_layouts[op.id][0].dims[0])
-    changed = True
-    while changed:
-        changed = False
-        for op in c.ops:
-            here = found[c.node_of[op.id]]
-            for position, value in enumerate(c.operands[op.id]):
-                producer = c.ops[c.definition[value]]
-                there = found[c.node_of[producer.id]]
-                source = c.result_layouts[producer.id][producer.results.index(value)].dims
-                target = c.operand_layouts[op.id][position].dims
-                for a, b in zip(source, target, strict=True):
-                    if a in there and a != NONE and b != NONE and b not in here:
-                        here.add(b)
-                        changed = True
-    return [frozenset(f - {NONE}) for f in found]
+        reader = c.node_of[op.id]
+        for value, layout in zip(c.operands[op.id], c.operand_layouts[op.id], strict=True):
+            producer = c.ops[c.definition[value]]
+            made = c.result_layouts[producer.id][producer.results.index(value)]
+            for a, b in zip(made.dims, layout.dims, strict=True):
+                if a != NONE and b != NONE:
+                    reads[c.node_of[producer.id], a].add((reader, b))
+    todo = [
+        (c.node_of[op.id], c.result_layouts[op.id][0].dims[0])
+        for op in c.ops
+        if op.kind == "batch" and c.result_layouts[op.id][0].dims
+    ]
+    found: list[set[int]] = [set() for _ in c.nodes]
+    while todo:
+        node, factor = todo.pop()
+        if factor != NONE and factor not in found[node]:
+            found[node].add(factor)
+            todo += reads[node, factor]
+    return [frozenset(factors) for factors in found]
 
 
 def parse_partition_spec(

@@ -8,14 +8,14 @@ and counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
 from alpa_lite.ir.flops import is_matmul
-from alpa_lite.ir.graph import op_key
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
 from alpa_lite.passes import op_traits
 from alpa_lite.passes.decision_graph import Contraction, Layout
@@ -161,17 +161,6 @@ def compute_s(work: Workload, chosen: Sequence[StrategySet], mesh: Mesh, prices:
     )
 
 
-def reshard_s(
-    source: ShardingSpec, target: ShardingSpec, num_bytes: float, mesh: Mesh, prices: Prices
-) -> float:
-    """Seconds to change the layout of an array of `num_bytes` once."""
-    return sum(
-        prices.collective_s(step.kind, step.payload_fraction * num_bytes, step.axes)
-        for step in plan_reshard(source, target, mesh)
-        if step.kind in COLLECTIVES
-    )
-
-
 def converted_bytes(
     source: ShardingSpec, target: ShardingSpec, num_bytes: float, mesh: Mesh
 ) -> float:
@@ -212,19 +201,16 @@ def internal_values(contraction: Contraction) -> frozenset[int]:
 # Counting.
 
 
-def _count_ops(
-    c: Contraction, classes: Sequence[int], phase: str | None
-) -> Iterator[OpWork]:
+def _count_ops(c: Contraction, classes: Sequence[int], phase: str | None) -> Iterator[OpWork]:
     internal = internal_values(c)
     counted: dict[tuple[Any, ...], tuple[int, FlatOp]] = {}
     for op in c.ops:
         if op.kind != "op" or not op.results or phase not in (None, op.phase):
             continue
-        assert op.graph is not None and op.op is not None
         layouts = (*c.operand_layouts[op.id], *c.result_layouts[op.id])
         in_memory = _arrays(c, op, internal)
         cls = classes[c.node_of[op.id]]
-        key = (cls, op_key(op.graph, op.op), op.weight, layouts, in_memory)
+        key = (cls, op.key, op.weight, layouts, in_memory)
         count, first = counted.get(key, (0, op))
         counted[key] = (count + 1, first)
     for (cls, _, _, layouts, in_memory), (count, op) in counted.items():
@@ -267,7 +253,7 @@ def _arrays(
 
 
 def _uses(c: Contraction, classes: Sequence[int]) -> Iterator[UseWork]:
-    for op, position in c.uses():
+    for op, position in c.uses:
         use = use_work(c, classes, op, position)
         if use.u == use.v and use.source.dims == use.target.dims and not use.source.partial:
             continue
@@ -302,10 +288,10 @@ def _compute_cost(op: OpWork, strategies: StrategySet, mesh: Mesh, prices: Price
     for num_bytes, dims in op.arrays:
         local_bytes += num_bytes / strategies.divisors(mesh, dims)
     local_flops = op.flops / strategies.divisors(mesh, op.factors)
-    return op.weight * _by_unique(
-        np.stack([local_flops, local_bytes], axis=1),
-        lambda row: prices.compute_s(row[0], row[1], op.dtype, op.is_matmul),
+    seconds = functools.cache(
+        lambda flops, num_bytes: prices.compute_s(flops, num_bytes, op.dtype, op.is_matmul)
     )
+    return op.weight * np.array(list(map(seconds, local_flops.tolist(), local_bytes.tolist())))
 
 
 def _sum_cost(op: OpWork, strategies: StrategySet, mesh: Mesh, prices: Prices) -> np.ndarray:
@@ -320,6 +306,18 @@ def _sum_cost(op: OpWork, strategies: StrategySet, mesh: Mesh, prices: Prices) -
     return op.weight * seconds
 
 
+_Collectives = tuple[tuple[str, float, tuple[str, ...]], ...]
+"""Of a layout change: kind, payload over the bytes of the array, and mesh axes of each."""
+
+
+def _collectives(source: ShardingSpec, target: ShardingSpec, mesh: Mesh) -> _Collectives:
+    return tuple(
+        (step.kind, step.payload_fraction, step.axes)
+        for step in plan_reshard(source, target, mesh)
+        if step.kind in COLLECTIVES
+    )
+
+
 class _UseTables:
     """Layout-change seconds for all pairs of strategies, each distinct table made once."""
 
@@ -330,6 +328,7 @@ class _UseTables:
         self.specs_of: dict[tuple[int, Layout], tuple[int, np.ndarray]] = {}
         self.spec_lists: dict[tuple[ShardingSpec, ...], int] = {}
         self.lists: list[tuple[ShardingSpec, ...]] = []
+        self.changes_of: dict[tuple[int, int], tuple[tuple[_Collectives, ...], np.ndarray]] = {}
         self.tables: dict[tuple[int, int, int], np.ndarray] = {}
 
     def cost(self, use: UseWork, limit_bytes: float | None) -> np.ndarray:
@@ -338,21 +337,35 @@ class _UseTables:
         targets, target_at = self.specs(use.v, use.target)
         key = (sources, targets, use.num_bytes)
         if key not in self.tables:
-            self.tables[key] = np.array(
-                [
-                    [
-                        reshard_s(s, t, use.num_bytes, self.mesh, self.prices)
-                        for t in self.lists[targets]
-                    ]
-                    for s in self.lists[sources]
-                ]
-            )
+            changes, change_at = self.changes(sources, targets)
+            seconds = [self.seconds(steps, use.num_bytes) for steps in changes]
+            self.tables[key] = np.array(seconds)[change_at]
         table = self.tables[key]
         if limit_bytes is not None:
             table = np.where(
                 self.sizes(sources, targets, use.num_bytes) >= limit_bytes, np.inf, table
             )
         return table[np.ix_(source_at, target_at)]
+
+    def changes(self, sources: int, targets: int) -> tuple[tuple[_Collectives, ...], np.ndarray]:
+        """The distinct layout changes between two lists of specs, and which one each pair needs."""
+        key = (sources, targets)
+        if key not in self.changes_of:
+            distinct: dict[_Collectives, int] = {}
+            at = [
+                [
+                    distinct.setdefault(_collectives(s, t, self.mesh), len(distinct))
+                    for t in self.lists[targets]
+                ]
+                for s in self.lists[sources]
+            ]
+            self.changes_of[key] = (tuple(distinct), np.array(at))
+        return self.changes_of[key]
+
+    def seconds(self, steps: _Collectives, num_bytes: int) -> float:
+        """Seconds to change the layout of an array of `num_bytes` once."""
+        each = (self.prices.collective_s(kind, f * num_bytes, axes) for kind, f, axes in steps)
+        return sum(each, start=0.0)
 
     def sizes(self, sources: int, targets: int, num_bytes: int) -> np.ndarray:
         """Bytes per device that each change makes."""
@@ -376,8 +389,3 @@ class _UseTables:
             at = np.array([distinct[s] for s in every])
             self.specs_of[key] = (self.spec_lists[names], at)
         return self.specs_of[key]
-
-
-def _by_unique(rows: np.ndarray, price_one: Callable[[np.ndarray], float]) -> np.ndarray:
-    unique, inverse = np.unique(rows, axis=0, return_inverse=True)
-    return np.array([price_one(row) for row in unique])[inverse.reshape(-1)]

@@ -23,6 +23,7 @@ number of times a change of that operand's layout would run.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from alpa_lite.ir.graph import FORWARD, UPDATE, GradRegion, Graph, Literal, Op
+from alpa_lite.ir.graph import FORWARD, UPDATE, GradRegion, Graph, Literal, Op, op_key
 from alpa_lite.ir.trace import TracedStep
 from alpa_lite.passes.microbatch import Microbatching
 
@@ -38,7 +39,7 @@ Path = tuple[tuple[int, int], ...]
 """Where a nested graph hangs: (op id, body index) from the outside in."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)  # without slots, as its sizes are kept once they are asked for
 class FlatValue:
     """A value of some graph of the nest.
 
@@ -57,13 +58,13 @@ class FlatValue:
         """Sizes of the dims."""
         return tuple(self.aval.shape)
 
-    @property
+    @functools.cached_property
     def num_bytes(self) -> int:
         """Bytes of the whole array."""
         itemsize = self.aval.dtype.itemsize if isinstance(self.aval.dtype, np.dtype) else 8
-        return math.prod(self.aval.shape) * itemsize
+        return self.num_elements * itemsize
 
-    @property
+    @functools.cached_property
     def num_elements(self) -> int:
         """Product of the dims."""
         return math.prod(self.aval.shape)
@@ -85,6 +86,8 @@ class FlatOp:
       operand_weights: executions per step of a layout change of each operand.
       phase: forward, backward or update.
       stacked: for slice and stack links, whether each operand / result has the extra leading dim.
+      key: `op_key` of an op, for links `""`.
+      name: primitive name, or the link kind.
     """
 
     id: int
@@ -98,11 +101,11 @@ class FlatOp:
     operand_weights: tuple[float, ...]
     phase: str
     stacked: tuple[bool, ...] = ()
+    key: str = ""
+    name: str = field(init=False)
 
-    @property
-    def name(self) -> str:
-        """Primitive name, or the link kind."""
-        return self.op.name if self.kind == "op" and self.op is not None else self.kind
+    def __post_init__(self) -> None:
+        self.name = self.op.name if self.kind == "op" and self.op is not None else self.kind
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,6 +185,7 @@ class _Flattener:
     link_at: dict[tuple[str, Path, int], int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     in_loop_view: dict[int, int] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)  # equal keys are one string
 
     def new_value(self, aval: Any, name: str = "") -> int:
         self.values.append(FlatValue(len(self.values), aval, name))
@@ -191,12 +195,12 @@ class _Flattener:
     def add(
         self, kind: str, op: Op | None, graph: Graph | None, operands: Sequence[int],
         results: Sequence[int], weight: float, operand_weights: Sequence[float], phase: str,
-        positions: Sequence[int] = (), stacked: Sequence[bool] = (),
+        positions: Sequence[int] = (), stacked: Sequence[bool] = (), key: str = "",
     ) -> FlatOp:  # fmt: skip
         flat = FlatOp(
             len(self.ops), kind, op, graph, tuple(operands),
             tuple(positions) or tuple(range(len(operands))), tuple(results), weight,
-            tuple(operand_weights), phase, tuple(stacked),
+            tuple(operand_weights), phase, tuple(stacked), key,
         )  # fmt: skip
         self.ops.append(flat)
         for result in results:
@@ -293,9 +297,10 @@ class _Flattener:
             handler = {"scan": self.scan, "while": self.while_loop, "cond": self.cond}[op.name]
             handler(graph, path, op, by_position, results, weight)
         else:
+            key = op_key(graph, op)
             flat = self.add(
                 "op", op, graph, operands, results, weight, (weight,) * len(operands), op.phase,
-                positions,
+                positions, key=self.keys.setdefault(key, key),
             )  # fmt: skip
             self.op_at[path, op.id] = flat.id
         for graph_value, flat_value in zip(op.results, results, strict=True):

@@ -16,7 +16,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from alpa_lite.ir.graph import BACKWARD, FORWARD, UPDATE, op_key
+from alpa_lite.ir.graph import BACKWARD, FORWARD, UPDATE
 from alpa_lite.passes import op_traits
 from alpa_lite.passes.decision_graph import Contraction, Node
 
@@ -123,16 +123,14 @@ def _true_around(flags: np.ndarray, at: int) -> tuple[int, int]:
 
 
 def _op_tokens(contraction: Contraction) -> list[int]:
-    numbers: dict[str, int] = {}
+    numbers: dict[Hashable, int] = {}
     tokens = []
     for op in contraction.ops:
-        if op.kind == "op":
-            assert op.graph is not None and op.op is not None
-            key = op_key(op.graph, op.op)
-        else:
+        key: Hashable = op.key
+        if op.kind != "op":
             avals = [contraction.values[v].aval for v in (*op.operands, *op.results)]
-            key = f"{op.kind}{[(a.shape, str(a.dtype)) for a in avals]}{op.phase}"
-        tokens.append(numbers.setdefault(f"{key}@{op.weight}", len(numbers)))
+            key = (op.kind, tuple((a.shape, a.dtype) for a in avals), op.phase)
+        tokens.append(numbers.setdefault((key, op.weight), len(numbers)))
     return tokens
 
 

@@ -7,6 +7,7 @@ sequence and expert parallelism are all strategies; there are no modes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ Assignment = tuple[int, ...]
 """For each mesh axis a node factor, NONE or PARTIAL."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)  # without slots, as the table is made once
 class StrategySet:
     """The strategies of one node on one mesh.
 
@@ -44,16 +45,26 @@ class StrategySet:
     def __len__(self) -> int:
         return len(self.assignments)
 
+    @functools.cached_property
+    def table(self) -> np.ndarray:
+        """`[num_strategies, num_axes]`: the assignments."""
+        return np.asarray(self.assignments, dtype=np.int64).reshape(len(self.assignments), -1)
+
     def divisors(self, mesh: Mesh, factors: Sequence[int]) -> np.ndarray:
         """`[num_strategies]`: by how much the given factors' product shrinks per device."""
-        table = np.asarray(self.assignments, dtype=np.int64).reshape(len(self.assignments), -1)
-        sizes = np.asarray(mesh.shape, dtype=np.float64)
-        hit = np.isin(table, [f for f in factors if f != NONE])
-        return np.where(hit, sizes, 1.0).prod(axis=1)
+        hit = np.zeros(self.table.shape, dtype=bool)
+        for factor in factors:
+            if factor != NONE:
+                hit |= self.table == factor
+        return np.where(hit, np.asarray(mesh.shape, dtype=np.float64), 1.0).prod(axis=1)
 
     def specs(self, mesh: Mesh, layout: Layout) -> list[ShardingSpec]:
         """The spec of one operand or result under each strategy."""
-        return [layout_spec(layout, a, mesh) for a in self.assignments]
+        matters = {*layout.dims, *layout.partial}
+        if layout.follows_partial:
+            matters.add(PARTIAL)
+        spec = functools.cache(lambda assignment: layout_spec(layout, assignment, mesh))
+        return [spec(tuple(f if f in matters else NONE for f in a)) for a in self.assignments]
 
 
 def layout_spec(layout: Layout, assignment: Assignment, mesh: Mesh) -> ShardingSpec:
