@@ -7,6 +7,7 @@ bodies count once; what a loop reads or carries lives as long as the loop.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,9 @@ def with_in_flight(contraction: Contraction, liveness: Liveness, in_flight: int)
 def stashed_values(contraction: Contraction) -> set[int]:
     """Values of one microbatch that its forward pass leaves for its backward pass."""
     c = contraction
-    outermost, loop = c.program.graph, c.program.microbatching.loop_ops
+    outermost = c.program.graph
+    last = max((r.last_op for r in outermost.grad_regions), default=0)
+    loop = c.program.microbatching.loop_ops or frozenset(range(last))
     found = set()
     for op in c.ops:
         if op.phase != BACKWARD or op.graph is not outermost:
@@ -168,9 +171,10 @@ def profile_memory(
     for op in c.ops:
         for value, spec in zip(op.results, result_specs[op.id], strict=True):
             specs[value] = spec
+    num_shards = functools.cache(lambda spec: spec.num_shards(mesh))
     sizes = np.array(
         [
-            0.0 if spec is None else value.num_bytes / spec.num_shards(mesh)
+            0.0 if spec is None else value.num_bytes / num_shards(spec)
             for value, spec in zip(c.values, specs, strict=True)
         ]
     )
@@ -179,12 +183,12 @@ def profile_memory(
     conversions = np.zeros(len(totals))
     for time, op_id in enumerate(liveness.order):
         op = c.ops[op_id]
-        if op.kind in ("state", "gradient"):
+        if op.kind in ("state", "gradient", "copy"):
             continue
         for value, target in zip(c.operands[op_id], operand_specs[op_id], strict=True):
             source = specs[value]
             assert source is not None
-            if op.kind != "copy":
+            if source != target:
                 conversions[time] += converted_bytes(
                     source, target, c.values[value].num_bytes, mesh
                 )

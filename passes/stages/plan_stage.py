@@ -55,9 +55,10 @@ def stage_inputs(
     """The decision graph of a stage; the same for every mesh over `cluster`."""
     traced = step.traced
     rows = batch_positions(traced, (_ROWS,))
+    several = num_microbatches > 1
     program = build_program(
         traced, aliases=state_aliases(traced, (_STATE,)), batch_inputs=rows,
-        microbatching=find_microbatch_loop(traced, rows, num_microbatches),
+        microbatching=find_microbatch_loop(traced, rows, num_microbatches) if several else None,
     )  # fmt: skip
     return prepare_program(program, method, cluster, table)
 

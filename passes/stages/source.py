@@ -9,7 +9,7 @@ from typing import Any, Literal
 from alpa_lite.errors import StepError
 from alpa_lite.ir.graph import graph_hash
 from alpa_lite.ir.trace import TracedStep, trace_whole_gradient
-from alpa_lite.passes.microbatch import check_outputs, combination_notes
+from alpa_lite.passes.microbatch import CONCATENATE, check_outputs, combination_notes
 from alpa_lite.passes.pipeline import StepArgs
 from alpa_lite.passes.stages.cut import StageCut, cut_forward, replicate
 from alpa_lite.passes.stages.layers import LayerGraph, build_layers
@@ -127,7 +127,8 @@ def cut_step(
     """
     cuts = replicate(cut_forward(source.graph, stages), len(shares))
     each = [share for share in shares for _ in stages]
-    split = split_update(source.parts, cuts, source.names.aliases, each)
+    rows = [i for i, kind in enumerate(source.names.output_kinds) if kind == CONCATENATE]
+    split = split_update(source.parts, cuts, source.names.aliases, each, rows)
     return CutStep(source, cuts, split)
 
 

@@ -135,9 +135,9 @@ def stage_signature(
         for port in group:
             variable = parts.inputs[port.position] if port.position >= 0 else _of_port(port)
             aval = builder.aval(port)
-            digest.update(
-                f"{port.kind} {aval.dtype}{aval.shape}{aval.weak_type} {number(variable)}\n".encode()
-            )
+            weak = "weak" if aval.weak_type else ""
+            text = f"{port.kind} {aval.dtype}{aval.shape}{weak} {number(variable)}\n"
+            digest.update(text.encode())
         digest.update(b"--\n")
     sections = (
         [parts.before[i] for i in builder.before()],
@@ -222,13 +222,22 @@ class _Stage:
         ports += [
             Port("result", position)
             for position, home in enumerate(self.split.output_homes)
-            if home == here and position not in taken
+            if position not in taken and (home == here or self.has_rows_of(position))
         ]
         ports += [Port("activation", key=link) for link in self.unique_sent()]
         ports += [Port("cotangent", key=link) for link in self.cut.received if link.differentiable]
         known = set(self.parts.inputs)
         ports += [Port("update", key=s) for s in self.unique_updates() if s[0] not in known]
         return tuple(ports)
+
+    def has_rows_of(self, position: int) -> bool:
+        """Whether an output has rows of the batch of which this stage computes a part."""
+        atom = self.parts.outputs[position]
+        return (
+            not compat.is_literal(atom)
+            and atom in self.split.per_example
+            and any(c.stage == self.cut.index for c in self.split.contributions[atom])
+        )
 
     def unique_sent(self) -> list[Link]:
         """One link of every value that is handed on, however many stages read it."""
@@ -412,8 +421,9 @@ class _Stage:
         parts, split, here = self.parts, self.split, self.cut.index
         late = dict(env)
         for variable, found in split.contributions.items():
-            if len(found) == 1 and found[0].stage == here:
-                late[variable] = made[found[0]]
+            own = [c for c in found if c.stage == here]
+            if own and (len(found) == 1 or variable in split.per_example):
+                late[variable] = made[own[0]]
         for variable in split.sums[here]:
             total = None
             for c in split.contributions[variable]:

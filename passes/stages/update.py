@@ -11,7 +11,7 @@ them: it is sent to the others at the start of the step, and their gradients com
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,8 @@ class UpdateSplit:
       before: per stage, positions in `parts.before` that its update reads.
       contributions: per variable of a gradient, loss or aux output, its parts.
       sums: per stage, the variables of several contributions that are summed there.
+      per_example: variables of results that have rows of the batch: every stage that computes a
+        part returns it as it is.
       sends: (variable or contribution, source, target): once per step.
       notes: what the user should know.
     """
@@ -66,13 +68,17 @@ class UpdateSplit:
     before: tuple[tuple[int, ...], ...]
     contributions: Mapping[Any, tuple[Contribution, ...]]
     sums: tuple[tuple[Any, ...], ...]
+    per_example: frozenset[Any]
     sends: tuple[tuple[Any, int, int], ...]
     notes: tuple[str, ...]
 
 
 def split_update(
-    parts: StepParts, cuts: Sequence[StageCut], aliases: Mapping[int, int],
+    parts: StepParts,
+    cuts: Sequence[StageCut],
+    aliases: Mapping[int, int],
     shares: Sequence[float] | None = None,
+    per_example: Iterable[int] = (),
 ) -> UpdateSplit:
     """Place the update.
 
@@ -81,8 +87,10 @@ def split_update(
       cuts: its forward pass in stages.
       aliases: input position -> output position of the state.
       shares: per stage, its part of the microbatches; all of them by default.
+      per_example: positions of step outputs that have rows of the batch.
     """
-    return _Split(parts, cuts, aliases, shares or [1.0] * len(cuts)).run()
+    rows = frozenset(variables(parts.outputs[i] for i in per_example))
+    return _Split(parts, cuts, aliases, shares or [1.0] * len(cuts), rows).run()
 
 
 @dataclass(slots=True, eq=False)
@@ -91,6 +99,7 @@ class _Split:
     cuts: Sequence[StageCut]
     aliases: Mapping[int, int]
     shares: Sequence[float]
+    per_example: frozenset[Any]
     place: dict[Any, int] = field(default_factory=dict)
     """Variables that are on one stage only; others are computed wherever they are read."""
     needed: dict[Any, set[int]] = field(default_factory=lambda: defaultdict(set))
@@ -129,12 +138,16 @@ class _Split:
             for stage in range(num)
         )
         sums = tuple(
-            tuple(v for v, found in contributions.items() if len(found) > 1 and self.place[v] == s)
+            tuple(
+                v
+                for v, found in contributions.items()
+                if len(found) > 1 and self.place[v] == s and v not in self.per_example
+            )
             for s in range(num)
         )
         return UpdateSplit(
             tuple(input_homes), tuple(output_homes), equations, before, contributions,
-            sums, self.sends(homes, input_homes, contributions, readers),
+            sums, self.per_example, self.sends(homes, input_homes, contributions, readers),
             tuple(dict.fromkeys(self.notes)),
         )  # fmt: skip
 
@@ -150,7 +163,7 @@ class _Split:
                 wanted = self.needed[v] | readers.get(v, set())
                 found += [(v, home, t) for t in sorted(wanted) if t != home]
         for variable, each in contributions.items():
-            if len(each) > 1:
+            if len(each) > 1 and variable not in self.per_example:
                 home = self.place[variable]
                 found += [(c, c.stage, home) for c in each if c.stage != home]
         made = [*contributions]

@@ -1,0 +1,531 @@
+"""A planned pipeline as one flat list of instructions: `build_program`.
+
+In: a `PlannedPipeline`, the compiled programs of its stages, and how values move between meshes.
+Out: `PipelineProgram`: instructions over integer slots, in one global order in which no mesh can
+block another. Every slot is written once; an instruction names the slots that nobody reads after
+it, so that arrays are dropped as soon as they are not needed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+
+from alpa_lite.passes.pipeshard import PlannedPipeline
+from alpa_lite.passes.schedules import Task, global_order
+from alpa_lite.passes.schedules.task import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
+from alpa_lite.passes.stages.stage_step import Port, update_rounds
+from alpa_lite.runtime.lower import sharding
+from alpa_lite.runtime.phases import (
+    ACCUMULATOR,
+    BATCH,
+    INDEX,
+    INPUT,
+    INVARIANT,
+    LOOP_OUTPUT,
+    OUTPUT,
+    STASH,
+    PhaseProgram,
+    PhasePrograms,
+    Slot,
+)
+
+RUN = "run"
+MOVE = "move"
+
+Key = Hashable
+"""What a slot holds: see `_Builder`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Instruction:
+    """One asynchronous call.
+
+    Attributes:
+      kind: `run` (a program of a stage) or `move` (a value to another mesh).
+      name: readable.
+      mesh: index of the mesh that does it; of a move, the source.
+      target: of a move, the mesh that receives.
+      call: takes and returns arrays; a move takes one and returns one.
+      reads, writes: slots.
+      frees: slots that nobody reads afterwards, donated ones included.
+      donates: slots whose buffers the call takes over.
+      task: of the schedule, if it is one.
+    """
+
+    kind: str
+    name: str
+    mesh: int
+    target: int
+    call: Callable[..., Any]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    frees: tuple[int, ...]
+    donates: tuple[int, ...]
+    task: Task | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PipelineProgram:
+    """Everything that runs in one step.
+
+    Attributes:
+      instructions: in order.
+      num_slots: slots in use.
+      state: per state input of the step, its slot.
+      arguments: (position of a step input, sharding, slot): inputs that are no state and no batch.
+      rows: (position of a batch input, microbatch, sharding, slot).
+      indices: (microbatch, sharding, slot): numbers of microbatches.
+      outputs: per output of the step, its slot, or slots of all microbatches to be joined.
+    """
+
+    instructions: tuple[Instruction, ...]
+    num_slots: int
+    state: Mapping[int, int]
+    arguments: tuple[tuple[int, Any, int], ...]
+    rows: tuple[tuple[int, int, Any, int], ...]
+    indices: tuple[tuple[int, Any, int], ...]
+    outputs: tuple[int | tuple[int, ...], ...]
+
+
+Move = Callable[[Any, Any, Any], Callable[[jax.Array], jax.Array]]
+"""(shape and dtype, source sharding, target sharding) -> asynchronous move."""
+
+
+def build_program(
+    pipeline: PlannedPipeline, stages: Sequence[PhasePrograms], make_move: Move
+) -> PipelineProgram:
+    """Put the programs of all stages in order.
+
+    Args:
+      pipeline: what was planned.
+      stages: compiled programs, per stage.
+      make_move: plans how a value moves between meshes.
+
+    Raises:
+      AssertionError: the instructions are wrong: see `verify_program`.
+    """
+    program = _Builder(pipeline, stages, make_move).build()
+    verify_program(program)
+    return program
+
+
+def verify_program(program: PipelineProgram) -> None:
+    """Check on paper what the runtime does not: a wrong use of a donated array ends the process.
+
+    Raises:
+      AssertionError: a slot is written twice, or read before it is written or after it was freed or
+        donated.
+    """
+    alive = set(program.state.values())
+    alive |= {slot for *_, slot in (*program.arguments, *program.rows, *program.indices)}
+    written = set(alive)
+    for at, each in enumerate(program.instructions):
+        for slot in each.reads:
+            assert slot in alive, f"instruction {at}, {each.name}, reads slot {slot}, which is gone"
+        assert set(each.donates) <= set(each.frees), f"{each.name} donates slots and keeps them"
+        assert set(each.frees) <= alive, f"instruction {at}, {each.name}, frees a slot twice"
+        alive -= set(each.frees)
+        for slot in each.writes:
+            assert slot not in written, f"instruction {at}, {each.name}, writes slot {slot} again"
+        written |= set(each.writes)
+        alive |= set(each.writes)
+    for out in program.outputs:
+        for slot in (out,) if isinstance(out, int) else out:
+            assert slot in alive, f"output slot {slot} is gone at the end"
+
+
+def arrival_rounds(pipeline: PlannedPipeline) -> tuple[dict[int, int], ...]:
+    """Per stage, the round of the update before which each input arrives, if not at the start."""
+    arrivals: list[dict[int, int]] = [{} for _ in pipeline.steps]
+    while True:
+        leaves: dict[Any, int] = {}
+        for stage, step in enumerate(pipeline.steps):
+            graph = step.traced.graph
+            rounds = update_rounds(graph, arrivals[stage])
+            made = {v: rounds[op.id] for op in graph.ops if op.id in rounds for v in op.results}
+            given = {graph.inputs[p]: r for p, r in arrivals[stage].items()}
+            for port, out in zip(step.outputs, graph.outputs, strict=True):
+                if port.kind == "update":
+                    leaves[_sent(port)] = made.get(out, given.get(out, 0))
+        found = [
+            {
+                position: 1 + leaves[_sent(port)]
+                for position, port in enumerate(step.inputs)
+                if port.kind == "update"
+            }
+            for step in pipeline.steps
+        ]
+        if found == arrivals:
+            return tuple(found)
+        arrivals = found
+
+
+def _sent(port: Port) -> tuple[Any, int]:
+    """What identifies a value sent for the update: what it is, and where it comes from."""
+    what, source, _ = port.key
+    return what, source
+
+
+@dataclass(slots=True, eq=False)
+class _Builder:
+    """Collects instructions.
+
+    Slots are found by keys: ("state", position) of the step, ("input", stage, position), ("row",
+    stage, position, microbatch), ("index", microbatch, sharding); and what programs make: (kind of
+    slot, stage, number), of one microbatch (kind of slot, stage, number, microbatch).
+    """
+
+    pipeline: PlannedPipeline
+    stages: Sequence[PhasePrograms]
+    make_move: Move
+    slots: dict[Key, int] = field(default_factory=dict)
+    instructions: list[Instruction] = field(default_factory=list)
+    arguments: list[tuple[int, Any, int]] = field(default_factory=list)
+    rows: list[tuple[int, int, Any, int]] = field(default_factory=list)
+    indices: dict[tuple[int, Any], int] = field(default_factory=dict)
+    versions: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
+    moves: dict[Any, Callable[[jax.Array], jax.Array]] = field(default_factory=dict)
+    count: int = 0
+
+    def build(self) -> PipelineProgram:
+        pipeline = self.pipeline
+        homes = pipeline.cut.split.input_homes
+        state = {p: self.new(("state", p)) for p, home in enumerate(homes) if home is not None}
+        for stage in range(len(self.stages)):
+            self.enter(stage)
+        for stage, programs in enumerate(self.stages):
+            if programs.prepare is not None:
+                self.run(stage, programs.prepare, None, f"prepare stage {stage}")
+        num = pipeline.schedule.num_stages
+        for task in global_order(pipeline.timeline):
+            stage = pipeline.schedule.pipeline_of[task.microbatch] * num + task.stage
+            self.task(stage, task)
+        rounds = max(len(programs.update) for programs in self.stages)
+        self.send_updates(-1)
+        for number in range(rounds):
+            for stage, programs in enumerate(self.stages):
+                if number < len(programs.update) and programs.update[number] is not None:
+                    self.run(stage, programs.update[number], None, f"update stage {stage}")
+            self.send_updates(number)
+        outputs = self.outputs()
+        kept = {s for out in outputs for s in ((out,) if isinstance(out, int) else out)}
+        return PipelineProgram(
+            _with_frees(self.instructions, kept, self.count), self.count, state,
+            tuple(self.arguments), tuple(self.rows),
+            tuple((m, sharding, slot) for (m, sharding), slot in self.indices.items()), outputs,
+        )  # fmt: skip
+
+    # Slots.
+
+    def new(self, key: Key) -> int:
+        """A slot for a key; the latest one if there are several."""
+        self.slots[key] = self.count
+        self.count += 1
+        return self.slots[key]
+
+    def mesh_of(self, stage: int) -> int:
+        return self.pipeline.plan.stages[stage].mesh
+
+    def sharding_of(self, stage: int, wanted: Slot) -> tuple[Any, Any] | None:
+        """(type, sharding) in which some program of a stage reads an input."""
+        for program in self.stages[stage].programs:
+            if wanted in program.inputs:
+                at = program.inputs.index(wanted)
+                return program.in_avals[at], program.in_shardings[at]
+        return None
+
+    # What comes from outside, and from other stages at the start.
+
+    def enter(self, stage: int) -> None:
+        """Slots of a stage's inputs that are there before the first task."""
+        step, split = self.pipeline.steps[stage], self.pipeline.cut.split
+        for position, port in enumerate(step.inputs):
+            if port.kind == "state":
+                self.slots["input", stage, position] = self.slots["state", port.position]
+            elif port.kind == "argument":
+                found = self.sharding_of(stage, Slot(INPUT, position))
+                if found is None:
+                    continue
+                aval, sharding = found
+                home = split.input_homes[port.position]
+                if home is None:
+                    slot = self.new(("input", stage, position))
+                    self.arguments.append((port.position, sharding, slot))
+                else:
+                    source = self.state_sharding(home, port.position)
+                    self.move(
+                        ("state", port.position), ("input", stage, position), aval, source,
+                        sharding, home, stage, f"input to stage {stage}",
+                    )  # fmt: skip
+            elif port.kind == "row":
+                found = self.sharding_of(stage, Slot(BATCH, position))
+                if found is None:
+                    continue
+                for m in self.microbatches(stage):
+                    slot = self.new(("row", stage, position, m))
+                    self.rows.append((port.position, m, found[1], slot))
+
+    def state_sharding(self, stage: int, position: int) -> Any:
+        step = self.pipeline.steps[stage]
+        at = next(
+            i
+            for i, port in enumerate(step.inputs)
+            if port.kind == "state" and port.position == position
+        )
+        return input_sharding(self.pipeline, self.stages, stage, at)
+
+    def microbatches(self, stage: int) -> list[int]:
+        schedule = self.pipeline.schedule
+        pipeline = stage // schedule.num_stages
+        return [m for m, p in enumerate(schedule.pipeline_of) if p == pipeline]
+
+    # Instructions.
+
+    def run(
+        self, stage: int, program: PhaseProgram | None, microbatch: int | None, name: str,
+        task: Task | None = None,
+    ) -> None:  # fmt: skip
+        """Append a program of a stage."""
+        assert program is not None
+        reads = [
+            self.read(stage, slot, microbatch, sharding)
+            for slot, sharding in zip(program.inputs, program.in_shardings, strict=True)
+        ]
+        writes = [self.write(stage, slot, microbatch) for slot in program.outputs]
+        donates = tuple(reads[i] for i in sorted(program.donated))
+        mesh = self.mesh_of(stage)
+        self.instructions.append(
+            Instruction(
+                RUN, name, mesh, mesh, program.compiled, tuple(reads), tuple(writes), (), donates,
+                task,
+            )
+        )  # fmt: skip
+
+    def read(self, stage: int, slot: Slot, microbatch: int | None, sharding: Any) -> int:
+        if slot.kind == INPUT:
+            return self.slots["input", stage, slot.number]
+        if slot.kind == INDEX:
+            key = (microbatch or 0, sharding)
+            if key not in self.indices:
+                self.indices[key] = self.new(("index", *key))
+            return self.indices[key]
+        if slot.kind == BATCH:
+            return self.slots["row", stage, slot.number, self.only(stage, microbatch)]
+        if slot.kind == STASH and ("stash", stage, slot.number, microbatch) not in self.slots:
+            microbatch = self.only(stage, microbatch)
+        return self.slots[self.key(stage, slot, microbatch)]
+
+    def only(self, stage: int, microbatch: int | None) -> int:
+        """A microbatch, for programs of the update the only one."""
+        if microbatch is not None:
+            return microbatch
+        (found,) = self.microbatches(stage)
+        return found
+
+    def write(self, stage: int, slot: Slot, microbatch: int | None) -> int:
+        return self.new(self.key(stage, slot, microbatch))
+
+    def key(self, stage: int, slot: Slot, microbatch: int | None) -> Key:
+        if slot.kind in (ACCUMULATOR, INVARIANT, OUTPUT):
+            return slot.kind, stage, slot.number
+        assert slot.kind in (STASH, LOOP_OUTPUT), slot
+        return slot.kind, stage, slot.number, microbatch
+
+    def move(
+        self, source_key: Key, target_key: Key, aval: Any, source: Any, target: Any,
+        source_stage: int, target_stage: int, name: str,
+    ) -> None:  # fmt: skip
+        """Append a move between meshes."""
+        signature = (aval.shape, aval.dtype, source, target)
+        if signature not in self.moves:
+            self.moves[signature] = self.make_move(aval, source, target)
+        reads = (self.slots[source_key],)
+        self.instructions.append(
+            Instruction(
+                MOVE, name, self.mesh_of(source_stage), self.mesh_of(target_stage),
+                self.moves[signature], reads, (self.new(target_key),), (), (),
+            )
+        )  # fmt: skip
+
+    # Tasks.
+
+    def task(self, stage: int, task: Task) -> None:
+        """A task of the schedule, then what it hands on or back."""
+        program = next(
+            (p for p in self.stages[stage].loop if p.name == _PROGRAM_OF[task.kind]), None
+        )
+        step, m = self.pipeline.steps[stage], task.microbatch
+        if program is not None:
+            self.run(stage, program, m, str(task), task)
+            for slot, aval, lies in zip(
+                program.outputs, program.out_avals, program.out_shardings, strict=True
+            ):
+                if slot.kind == LOOP_OUTPUT:
+                    key = (LOOP_OUTPUT, stage, slot.number, m)
+                    self.hand_over(stage, key, step.outputs[slot.number], aval, lies, m)
+        # What goes through a stage as it is leaves with the task that would have made it.
+        kinds = {FORWARD: "activation", BACKWARD: "cotangent", BACKWARD_INPUT: "cotangent"}
+        for position, came_in in self.stages[stage].passed.items():
+            port = step.outputs[position]
+            if port.kind == kinds.get(task.kind):
+                key = self.row_key(stage, came_in, m)
+                graph = step.traced.graph
+                aval = graph.values[graph.inputs[came_in]].aval
+                lies = input_sharding(self.pipeline, self.stages, stage, came_in)
+                self.hand_over(stage, key, port, aval, lies, m)
+
+    def row_key(self, stage: int, position: int, microbatch: int) -> Key:
+        """The key of a batch input, of another input if it is none."""
+        key = ("row", stage, position, microbatch)
+        return key if key in self.slots else ("input", stage, position)
+
+    def hand_over(
+        self, stage: int, source_key: Key, port: Port, aval: Any, sharding: Any, microbatch: int
+    ) -> None:
+        """Send a loop output to every stage that reads it."""
+        if port.kind not in ("activation", "cotangent"):
+            return
+        cut = self.pipeline.cut.cuts[stage]
+        variable = port.key.variable
+        if port.kind == "activation":
+            links = [link for link in cut.sent if link.variable is variable]
+            targets = [link.target for link in links]
+        else:
+            links = [link for link in cut.received if link.variable is variable]
+            targets = [link.source for link in links]
+        for link, target in zip(links, targets, strict=True):
+            at = next(
+                i
+                for i, p in enumerate(self.pipeline.steps[target].inputs)
+                if p.kind == port.kind and p.key == link
+            )
+            passes = at in self.stages[target].passed.values()
+            if self.sharding_of(target, Slot(BATCH, at)) is None and not passes:
+                continue
+            there = input_sharding(self.pipeline, self.stages, target, at)
+            self.move(
+                source_key, ("row", target, at, microbatch), aval, sharding, there, stage,
+                target, f"{port.kind} of microbatch {microbatch} to stage {target}",
+            )  # fmt: skip
+
+    # The update.
+
+    def send_updates(self, number: int) -> None:
+        """Move what the update of other stages needs and round `number` has made."""
+        if number < 0:
+            return
+        for stage, step in enumerate(self.pipeline.steps):
+            for position, port in enumerate(step.outputs):
+                if port.kind != "update":
+                    continue
+                program = self.stages[stage].update
+                made = number < len(program) and program[number] is not None
+                slot = Slot(OUTPUT, position)
+                if not made or slot not in program[number].outputs:  # type: ignore[union-attr]
+                    continue
+                at = program[number].outputs.index(slot)  # type: ignore[union-attr]
+                aval = program[number].out_avals[at]  # type: ignore[union-attr]
+                sharding = program[number].out_shardings[at]  # type: ignore[union-attr]
+                for target, there in self.readers_of(port, stage):
+                    found = self.sharding_of(target, Slot(INPUT, there))
+                    if found is not None:
+                        self.move(
+                            (OUTPUT, stage, position), ("input", target, there), aval, sharding,
+                            found[1], stage, target, f"update of stage {target}",
+                        )  # fmt: skip
+
+    def readers_of(self, sent: Port, source: int) -> list[tuple[int, int]]:
+        """(stage, position) of the inputs that receive a value sent for the update."""
+        what = sent.key[0]
+        return [
+            (stage, position)
+            for stage, step in enumerate(self.pipeline.steps)
+            for position, port in enumerate(step.inputs)
+            if port.kind == "update" and port.key[0] == what and port.key[1] == source
+        ]
+
+    # Outputs.
+
+    def outputs(self) -> tuple[int | tuple[int, ...], ...]:
+        """Slots of the step's outputs."""
+        found: dict[int, int | tuple[int, ...]] = {}
+        rows: dict[int, dict[int, int]] = defaultdict(dict)
+        for stage, step in enumerate(self.pipeline.steps):
+            programs = self.stages[stage]
+            for position, port in enumerate(step.outputs):
+                if port.kind not in ("state", "result"):
+                    continue
+                key = (OUTPUT, stage, position)
+                if position in programs.passed:
+                    found[port.position] = self.slots["input", stage, programs.passed[position]]
+                elif key in self.slots:
+                    found[port.position] = self.slots[key]
+                else:
+                    self.collect_rows(stage, position, port.position, rows[port.position])
+        for output, parts in rows.items():
+            found[output] = tuple(parts[m] for m in sorted(parts))
+        return tuple(found[i] for i in range(len(found)))
+
+    def collect_rows(self, stage: int, position: int, output: int, rows: dict[int, int]) -> None:
+        """Slots of a per-example output by microbatch, all on the mesh that returns it."""
+        home = self.pipeline.cut.split.output_homes[output]
+        for m in self.microbatches(stage):
+            key = (LOOP_OUTPUT, stage, position, m)
+            if stage != home:
+                there = next(
+                    i
+                    for i, p in enumerate(self.pipeline.steps[home].outputs)
+                    if p.kind == "result" and p.position == output
+                )
+                aval, source = self.made_by(stage, position)
+                _, target = self.made_by(home, there)
+                moved = (LOOP_OUTPUT, home, there, m)
+                self.move(key, moved, aval, source, target, stage, home, f"output {output}")
+                key = moved
+            rows[m] = self.slots[key]
+
+    def made_by(self, stage: int, position: int) -> tuple[Any, Any]:
+        """(type, sharding) of a loop output."""
+        wanted = Slot(LOOP_OUTPUT, position)
+        program = next(p for p in self.stages[stage].loop if wanted in p.outputs)
+        at = program.outputs.index(wanted)
+        return program.out_avals[at], program.out_shardings[at]
+
+
+_PROGRAM_OF = {
+    FORWARD: "forward",
+    BACKWARD: "backward",
+    BACKWARD_INPUT: "backward_input",
+    BACKWARD_WEIGHT: "backward_weight",
+}
+
+
+def input_sharding(
+    pipeline: PlannedPipeline, stages: Sequence[PhasePrograms], stage: int, position: int
+) -> Any:
+    """How an input of a stage lies, whether or not a program reads it."""
+    planned = pipeline.planned[stage]
+    program = planned.decisions.contraction.program
+    link = program.link_at["input", (), position]
+    mesh = next(p for p in stages[stage].programs).out_shardings[0].mesh
+    return sharding(mesh, planned.decisions.result_specs[link][0])
+
+
+def _with_frees(
+    instructions: Sequence[Instruction], kept: set[int], count: int
+) -> tuple[Instruction, ...]:
+    """The instructions with the slots that each is the last to read."""
+    seen = set(kept)
+    found = []
+    for each in reversed(instructions):
+        last = tuple(s for s in dict.fromkeys((*each.reads, *each.writes)) if s not in seen)
+        seen.update(each.reads)
+        seen.update(each.writes)
+        frees = tuple(s for s in last if s in each.reads)
+        found.append(replace(each, frees=frees))
+    return tuple(reversed(found))
