@@ -13,12 +13,22 @@ from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import PlanError, StepError
 from alpa_lite.passes.methods import AutoParallel, Method
 from alpa_lite.passes.pipeline import PlannedStep, Progress, StepArgs, plan_step, restore
+from alpa_lite.passes.pipeline_methods import PipelineMethod
+from alpa_lite.passes.pipeline_plan import PipelinePlan
+from alpa_lite.passes.pipeshard import PlannedPipeline, plan_pipeline, restore_pipeline
 from alpa_lite.passes.plan import Plan
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.runtime.arguments import OwnResults, refuse_traced
 from alpa_lite.runtime.calling import Argnums, BoundCall, bind_call, signature_of
 from alpa_lite.runtime.cluster import attached_cluster
 from alpa_lite.runtime.lower import Executable, device_mesh, lower_step, sharding
+from alpa_lite.runtime.pipeline import (
+    PipelineExecutable,
+    compile_pipeline,
+    init_on_meshes,
+    stage_meshes,
+    state_shardings,
+)
 
 
 def parallelize(
@@ -29,7 +39,7 @@ def parallelize(
     batch_argnums: Sequence[int] = (1,),
     donate_argnums: Sequence[int] = (0,),
     static_argnums: Sequence[int] = (),
-    plan: Plan | None = None,
+    plan: Plan | PipelinePlan | None = None,
 ) -> Any:
     """Plan a train step for a cluster and run it sharded.
 
@@ -83,7 +93,7 @@ class ParallelStep:
     def __init__(
         self, fn: Callable[..., Any], *, method: Method, cluster: Cluster | str | None,
         batch_argnums: Sequence[int], donate_argnums: Sequence[int],
-        static_argnums: Sequence[int], plan: Plan | None,
+        static_argnums: Sequence[int], plan: Plan | PipelinePlan | None,
     ) -> None:  # fmt: skip
         if not callable(fn):
             raise TypeError(
@@ -101,10 +111,10 @@ class ParallelStep:
         self._argnums = Argnums(*map(_as_tuple, (batch_argnums, donate_argnums, static_argnums)))
         self._given_plan = _checked_plan(plan, self._cluster)
         self._rules = RuleTable()
-        self._planned: dict[Any, PlannedStep] = {}
-        self._executables: dict[Any, Executable] = {}
+        self._planned: dict[Any, PlannedStep | PlannedPipeline] = {}
+        self._executables: dict[Any, Executable | PipelineExecutable] = {}
         self._own = OwnResults()
-        self._last: tuple[PlannedStep, tuple[int, ...]] | None = None
+        self._last: tuple[PlannedStep | PlannedPipeline, tuple[int, ...]] | None = None
         """The latest plan, and where its state stands among the arguments that are not static."""
 
     def __get__(self, instance: Any, owner: type | None = None) -> ParallelStep:
@@ -124,7 +134,9 @@ class ParallelStep:
         refuse_traced(leaves, call.leaf_names, self._name)
         return self._compile(call).run(leaves)
 
-    def plan(self, *args: Any, progress: Progress | None = None, **kwargs: Any) -> Plan:
+    def plan(
+        self, *args: Any, progress: Progress | None = None, **kwargs: Any
+    ) -> Plan | PipelinePlan:
         """The plan for these arguments; `jax.ShapeDtypeStruct`s will do, no device is needed.
 
         Args:
@@ -139,7 +151,7 @@ class ParallelStep:
         call = bind_call(self._signature, self._argnums, args, kwargs)
         return self._plan(call, call.key(), progress).plan
 
-    def compile(self, *args: Any, **kwargs: Any) -> Executable:
+    def compile(self, *args: Any, **kwargs: Any) -> Executable | PipelineExecutable:
         """The compiled program for these arguments, on the attached devices."""
         return self._compile(bind_call(self._signature, self._argnums, args, kwargs))
 
@@ -162,7 +174,10 @@ class ParallelStep:
         assert self._last is not None
         planned, state = self._last
         leaves, tree = jax.tree.flatten(jax.eval_shape(init_fn, *args))
-        step = planned.decisions.contraction.program.step
+        if isinstance(planned, PlannedPipeline):
+            step = planned.source.traced
+        else:
+            step = planned.decisions.contraction.program.step
         trees = [step.in_tree.children()[i] for i in state]
         expected = trees[0] if len(trees) == 1 else jax.tree_util.treedef_tuple(trees)
         if tree != expected:
@@ -177,6 +192,9 @@ class ParallelStep:
                     f"{value.dtype}{list(value.shape)}, found {leaf.dtype}{list(leaf.shape)}. "
                     "Change init_fn, or plan for its state: .plan(state_shapes, batch)"
                 )
+        if isinstance(planned, PlannedPipeline):
+            found = state_shardings(planned, stage_meshes(planned))
+            return init_on_meshes(init_fn, args, [found[p] for p in positions])
         mesh, specs = device_mesh(planned.plan.mesh), list(planned.plan.inputs.values())
         shardings = jax.tree.unflatten(tree, [sharding(mesh, specs[p]) for p in positions])
         return jax.jit(init_fn, out_shardings=shardings)(*args)
@@ -211,7 +229,7 @@ class ParallelStep:
         self._plan(call, call.key(), None)
         return own
 
-    def _compile(self, call: BoundCall) -> Executable:
+    def _compile(self, call: BoundCall) -> Executable | PipelineExecutable:
         key = call.key()
         if key not in self._executables:
             planned = self._plan(call, key, None)
@@ -220,22 +238,34 @@ class ParallelStep:
             donated = self._step_args(call).donate_argnums
             donate = [starts[a] + i for a in donated for i in range(len(leaves[a]))]
             avals = call.avals(jax.tree.leaves(call.dynamic))
-            self._executables[key] = lower_step(planned, avals, donate, own=self._own)
+            if isinstance(planned, PlannedPipeline):
+                self._executables[key] = compile_pipeline(planned, avals, own=self._own)
+            else:
+                self._executables[key] = lower_step(planned, avals, donate, own=self._own)
         return self._executables[key]
 
-    def _plan(self, call: BoundCall, key: Any, progress: Progress | None) -> PlannedStep:
+    def _plan(
+        self, call: BoundCall, key: Any, progress: Progress | None
+    ) -> PlannedStep | PlannedPipeline:
         step = self._step_args(call)
         if key not in self._planned:
-            if self._given_plan is not None:
-                planned = restore(self._given_plan, step, self._method, table=self._rules)
-            else:
-                cluster = self._cluster or attached_cluster()
-                planned = plan_step(
-                    step, self._method, cluster, table=self._rules, progress=progress
-                )
-            self._planned[key] = planned
+            self._planned[key] = self._make_plan(step, progress)
         self._last = self._planned[key], step.donate_argnums or (0,)
         return self._planned[key]
+
+    def _make_plan(
+        self, step: StepArgs, progress: Progress | None
+    ) -> PlannedStep | PlannedPipeline:
+        method, given, table = self._method, self._given_plan, self._rules
+        if isinstance(given, PipelinePlan):
+            staged = method if isinstance(method, PipelineMethod) else PipelineMethod()
+            return restore_pipeline(given, step, staged, table=table)
+        if given is not None:
+            return restore(given, step, method, table=table)
+        cluster = self._cluster or attached_cluster()
+        if isinstance(method, PipelineMethod):
+            return plan_pipeline(step, method, cluster, table=table, progress=progress)
+        return plan_step(step, method, cluster, table=table, progress=progress)
 
     def _step_args(self, call: BoundCall) -> StepArgs:
         """The step with static arguments bound, and positions among the dynamic ones."""
@@ -264,7 +294,7 @@ def _bind_static(fn: Callable[..., Any], call: BoundCall) -> Callable[..., Any]:
     return bound
 
 
-def _checked_plan(plan: Any, cluster: Cluster | None) -> Plan | None:
+def _checked_plan(plan: Any, cluster: Cluster | None) -> Plan | PipelinePlan | None:
     """The plan, if it is one and was made for this cluster.
 
     Without a cluster any will do: running a plan for other hardware on attached virtual devices is
@@ -272,11 +302,11 @@ def _checked_plan(plan: Any, cluster: Cluster | None) -> Plan | None:
     """
     if plan is None:
         return None
-    if not isinstance(plan, Plan):
-        reader = "from_json(data)" if isinstance(plan, dict) else "load(path)"
+    if not isinstance(plan, Plan | PipelinePlan):
+        reader = "Plan.from_json(data)" if isinstance(plan, dict) else "load_plan(path)"
         raise TypeError(
             f"plan must be a Plan, found {plan!r:.80} of type {type(plan).__name__}; read it with "
-            f"alpa_lite.Plan.{reader}"
+            f"alpa_lite.{reader}"
         )
     if cluster is not None and _hardware(cluster) != _hardware(plan.cluster):
         raise PlanError(

@@ -24,6 +24,17 @@ FORMAT = "alpa-lite-pipeline-plan"
 VERSION = 1
 
 
+def load_plan(path: str | Path) -> Plan | PipelinePlan:
+    """Read a plan file of either kind, with pipeline stages or without.
+
+    Raises:
+      PlanError: the file is not a valid plan; says which field and why.
+    """
+    data = read_plan_file(path)
+    staged = isinstance(data, dict) and data.get("format") == FORMAT
+    return (PipelinePlan if staged else Plan).from_json(data, where=str(path))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStage:
     """One stage of a pipeline plan.

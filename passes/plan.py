@@ -208,6 +208,10 @@ class Plan:
                     f"{where}: the file has version {version!r} of the plan format; this alpa-lite "
                     f"reads version {VERSION}. Plan again."
                 )
+        if isinstance(data, dict) and data.get("format") == "alpa-lite-pipeline-plan":
+            raise PlanError(
+                f"{where}: this is a plan with pipeline stages; read it with alpa_lite.load_plan"
+            )
         plan_schema.check(data, plan_schema.PLAN, where)
         inputs = {n: _spec(spec, n, where) for n, spec in data["inputs"].items()}
         try:

@@ -32,7 +32,7 @@ from alpa_lite.runtime.pipeline_program import (
     PipelineProgram,
     arrival_rounds,
     build_program,
-    input_sharding,
+    state_sharding,
 )
 from alpa_lite.runtime.transfer import plan_transfer
 
@@ -70,12 +70,6 @@ class PipelineExecutable:
     def plan(self) -> PipelinePlan:
         """What it does."""
         return self.pipeline.plan
-
-    @property
-    def state_shardings(self) -> dict[int, NamedSharding]:
-        """Layout of every state leaf, by position among the input leaves."""
-        found = zip(self.positions, self.inputs.shardings, strict=True)
-        return {p: s for p, s in found if p in self.program.state}
 
     def __call__(self, *args: Any) -> Any:
         """Run one step; arguments are laid out as planned if they are not yet.
@@ -178,19 +172,15 @@ def compile_pipeline(
                 late_inputs=[i for i, p in enumerate(step.inputs) if p.kind == "cotangent"],
             )
         )  # fmt: skip
-    program = build_program(pipeline, stages, make_move)
+    program = build_program(pipeline, stages, meshes, make_move)
     source = pipeline.source
     names = source.names.inputs
     rows = {i for i, v in enumerate(source.parts.inputs) if v in source.parts.batch}
     positions = tuple(i for i in range(len(names)) if i not in rows)
     first = {p: s for p, s, _ in reversed(program.arguments)}
-    homes = pipeline.cut.split.input_homes
+    state = state_shardings(pipeline, meshes)
     replicated = NamedSharding(meshes[0], PartitionSpec())
-    shardings = tuple(
-        _state_sharding(pipeline, stages, homes[p], p) if homes[p] is not None  # type: ignore[arg-type]
-        else first.get(p, replicated)
-        for p in positions
-    )  # fmt: skip
+    shardings = tuple(state.get(p, first.get(p, replicated)) for p in positions)
     avals = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False))
         for a in full_avals
@@ -207,6 +197,45 @@ def compile_pipeline(
         tuple((slot, jax.device_put(np.int32(m), s)) for m, s, slot in program.indices),
         source.traced.in_tree, source.traced.out_tree, own or OwnResults(),
     )  # fmt: skip
+
+
+def state_shardings(
+    pipeline: PlannedPipeline, meshes: Sequence[jax.sharding.Mesh]
+) -> dict[int, NamedSharding]:
+    """Layout of every state leaf, by position among the input leaves."""
+    return {
+        position: state_sharding(pipeline, meshes[home], home, position)
+        for position, home in enumerate(pipeline.cut.split.input_homes)
+        if home is not None
+    }
+
+
+def init_on_meshes(
+    init_fn: Callable[..., Any], args: Sequence[Any], shardings: Sequence[NamedSharding]
+) -> Any:
+    """The result of a function, every leaf made on the devices where it shall lie.
+
+    Args:
+      init_fn: returns a pytree of arrays.
+      args: its arguments.
+      shardings: of the leaves; every mesh runs what makes its own.
+    """
+    tree = jax.tree.structure(jax.eval_shape(init_fn, *args))
+    groups: dict[jax.sharding.Mesh, list[int]] = {}
+    for i, each in enumerate(shardings):
+        groups.setdefault(each.mesh, []).append(i)  # type: ignore[arg-type]
+    leaves: list[Any] = [None] * len(shardings)
+    for mesh, chosen in groups.items():
+
+        def some(*values: Any, chosen: Sequence[int] = chosen) -> list[Any]:
+            found = jax.tree.leaves(init_fn(*values))
+            return [found[i] for i in chosen]
+
+        given = jax.device_put(tuple(args), NamedSharding(mesh, PartitionSpec()))
+        made = jax.jit(some, out_shardings=[shardings[i] for i in chosen])(*given)
+        for i, x in zip(chosen, made, strict=True):
+            leaves[i] = x
+    return jax.tree.unflatten(tree, leaves)
 
 
 def stage_meshes(
@@ -260,14 +289,6 @@ def make_move(aval: Any, source: NamedSharding, target: NamedSharding) -> Callab
     implementation = aval.dtype._impl.name
     wrap = jax.jit(lambda x: jax.random.wrap_key_data(x, impl=implementation), out_shardings=target)
     return lambda keys: wrap(moved.start(unwrap(keys)))
-
-
-def _state_sharding(
-    pipeline: PlannedPipeline, stages: Sequence[PhasePrograms], stage: int, position: int
-) -> NamedSharding:
-    ports = pipeline.steps[stage].inputs
-    at = next(i for i, p in enumerate(ports) if p.kind == "state" and p.position == position)
-    return input_sharding(pipeline, stages, stage, at)
 
 
 def _checked(leaf: Any, name: str, aval: Any) -> Any:

@@ -97,19 +97,21 @@ Move = Callable[[Any, Any, Any], Callable[[jax.Array], jax.Array]]
 
 
 def build_program(
-    pipeline: PlannedPipeline, stages: Sequence[PhasePrograms], make_move: Move
-) -> PipelineProgram:
+    pipeline: PlannedPipeline, stages: Sequence[PhasePrograms],
+    meshes: Sequence[jax.sharding.Mesh], make_move: Move,
+) -> PipelineProgram:  # fmt: skip
     """Put the programs of all stages in order.
 
     Args:
       pipeline: what was planned.
       stages: compiled programs, per stage.
+      meshes: devices of each stage.
       make_move: plans how a value moves between meshes.
 
     Raises:
       AssertionError: the instructions are wrong: see `verify_program`.
     """
-    program = _Builder(pipeline, stages, make_move).build()
+    program = _Builder(pipeline, stages, meshes, make_move).build()
     verify_program(program)
     return program
 
@@ -182,6 +184,7 @@ class _Builder:
 
     pipeline: PlannedPipeline
     stages: Sequence[PhasePrograms]
+    meshes: Sequence[jax.sharding.Mesh]
     make_move: Move
     slots: dict[Key, int] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
@@ -257,7 +260,7 @@ class _Builder:
                     slot = self.new(("input", stage, position))
                     self.arguments.append((port.position, sharding, slot))
                 else:
-                    source = self.state_sharding(home, port.position)
+                    source = state_sharding(self.pipeline, self.meshes[home], home, port.position)
                     self.move(
                         ("state", port.position), ("input", stage, position), aval, source,
                         sharding, home, stage, f"input to stage {stage}",
@@ -269,15 +272,6 @@ class _Builder:
                 for m in self.microbatches(stage):
                     slot = self.new(("row", stage, position, m))
                     self.rows.append((port.position, m, found[1], slot))
-
-    def state_sharding(self, stage: int, position: int) -> Any:
-        step = self.pipeline.steps[stage]
-        at = next(
-            i
-            for i, port in enumerate(step.inputs)
-            if port.kind == "state" and port.position == position
-        )
-        return input_sharding(self.pipeline, self.stages, stage, at)
 
     def microbatches(self, stage: int) -> list[int]:
         schedule = self.pipeline.schedule
@@ -376,7 +370,7 @@ class _Builder:
                 key = self.row_key(stage, came_in, m)
                 graph = step.traced.graph
                 aval = graph.values[graph.inputs[came_in]].aval
-                lies = input_sharding(self.pipeline, self.stages, stage, came_in)
+                lies = input_sharding(self.pipeline, self.meshes[stage], stage, came_in)
                 self.hand_over(stage, key, port, aval, lies, m)
 
     def row_key(self, stage: int, position: int, microbatch: int) -> Key:
@@ -407,7 +401,7 @@ class _Builder:
             passes = at in self.stages[target].passed.values()
             if self.sharding_of(target, Slot(BATCH, at)) is None and not passes:
                 continue
-            there = input_sharding(self.pipeline, self.stages, target, at)
+            there = input_sharding(self.pipeline, self.meshes[target], target, at)
             self.move(
                 source_key, ("row", target, at, microbatch), aval, sharding, there, stage,
                 target, f"{port.kind} of microbatch {microbatch} to stage {target}",
@@ -506,14 +500,21 @@ _PROGRAM_OF = {
 
 
 def input_sharding(
-    pipeline: PlannedPipeline, stages: Sequence[PhasePrograms], stage: int, position: int
+    pipeline: PlannedPipeline, mesh: jax.sharding.Mesh, stage: int, position: int
 ) -> Any:
-    """How an input of a stage lies, whether or not a program reads it."""
-    planned = pipeline.planned[stage]
-    program = planned.decisions.contraction.program
-    link = program.link_at["input", (), position]
-    mesh = next(p for p in stages[stage].programs).out_shardings[0].mesh
-    return sharding(mesh, planned.decisions.result_specs[link][0])
+    """How an input of a stage lies on its devices."""
+    decisions = pipeline.planned[stage].decisions
+    link = decisions.contraction.program.link_at["input", (), position]
+    return sharding(mesh, decisions.result_specs[link][0])
+
+
+def state_sharding(
+    pipeline: PlannedPipeline, mesh: jax.sharding.Mesh, stage: int, position: int
+) -> Any:
+    """How a state leaf of the step lies on the devices of the stage where it lives."""
+    ports = pipeline.steps[stage].inputs
+    at = next(i for i, p in enumerate(ports) if p.kind == "state" and p.position == position)
+    return input_sharding(pipeline, mesh, stage, at)
 
 
 def _with_frees(
