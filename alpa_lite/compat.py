@@ -134,7 +134,8 @@ def moved_equation(eqn: Any, operands: Sequence[Any], results: Sequence[Any], ar
 
     Args:
       eqn: of a nested jaxpr, or of the same one.
-      operands, results: variables and literals.
+      operands: variables and literals in place of its own.
+      results: variables in place of its own.
       around: the equation whose body `eqn` was taken from, None if it was not.
     """
     info = eqn.source_info

@@ -98,11 +98,11 @@ def with_in_flight(contraction: Contraction, liveness: Liveness, in_flight: int)
     """
     c = contraction
     outermost, loop = c.program.graph, c.program.microbatching.loop_ops
-    times = [
-        t
-        for t, op in enumerate(liveness.order)
-        if c.ops[op].op is not None and c.ops[op].graph is outermost and c.ops[op].op.id in loop
-    ]
+    times = []
+    for time, index in enumerate(liveness.order):
+        op = c.ops[index]
+        if op.op is not None and op.graph is outermost and op.op.id in loop:
+            times.append(time)
     held = np.zeros(len(c.values))
     held[list(stashed_values(c))] = in_flight - 1
     return replace(liveness, held=held, loop=(min(times, default=0), max(times, default=-1)))

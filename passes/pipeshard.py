@@ -344,8 +344,8 @@ class _StagePlanner:
         step = self.cut.stage(index, stage.remat, like.step if like else None)
         if like is not None:
             names = step.traced.graph.input_names
-            inputs = dict(zip(names, like.planned.plan.inputs.values(), strict=True))
-            plan = replace(like.planned.plan, name=f"{name}, stage {index}", inputs=inputs)
+            specs = dict(zip(names, like.planned.plan.inputs.values(), strict=True))
+            plan = replace(like.planned.plan, name=f"{name}, stage {index}", inputs=specs)
             return replace(like, step=step, planned=replace(like.planned, plan=plan), mesh=mesh)
         submesh = subcluster(self.cluster, stage.submesh.num_hosts, stage.submesh.devices_per_host)
         method = replace(self.method, memory_budget_bytes=self.budget_bytes(index))

@@ -34,27 +34,27 @@ def describe_plan(plan: Plan) -> str:
     """Mesh, cost, memory, collectives, layouts, what else was tried, and notes."""
     predicted = plan.predicted
     sections = [
-        _section(f"{plan.name} on {plan.cluster.name}", summary_rows(plan)),
-        _section("Mesh axes", axis_rows(plan)),
-        _section(
+        section(f"{plan.name} on {plan.cluster.name}", summary_rows(plan)),
+        section("Mesh axes", axis_rows(plan)),
+        section(
             f"Memory per device at its peak ({predicted.peak_at})", memory_rows(plan), right={1, 2}
         ),
     ]
     if predicted.collectives:
         header: Row = ("kind", "axes", "times", "bytes", "time")
         sections.append(
-            _section(
+            section(
                 "Collectives per step and device", [header, *collective_rows(plan)], right={2, 3, 4}
             )
         )
     sections.append(
-        _section("Inputs, and the mesh axes that split each dim", layout_rows(plan.inputs))
+        section("Inputs, and the mesh axes that split each dim", layout_rows(plan.inputs))
     )
     if plan.alternatives:
         header = ("mesh", "microbatches", "step", "")
-        sections.append(_section("Tried", [header, *alternative_rows(plan)], right={1, 2}))
+        sections.append(section("Tried", [header, *alternative_rows(plan)], right={1, 2}))
     if plan.notes:
-        sections.append(_section("Notes", [("-", note) for note in plan.notes]))
+        sections.append(section("Notes", [("-", note) for note in plan.notes]))
     return "\n\n".join(sections)
 
 
@@ -187,7 +187,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _section(title: str, rows: Sequence[Row], right: Collection[int] = ()) -> str:
+def section(title: str, rows: Sequence[Row], right: Collection[int] = ()) -> str:
     """A title and, indented below it, a table; `right` names right-aligned columns."""
     cells = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -153,7 +153,9 @@ def arrival_rounds(pipeline: PlannedPipeline) -> tuple[dict[int, int], ...]:
             given = {graph.inputs[p]: r for p, r in arrivals[stage].items()}
             for port, out in zip(step.outputs, graph.outputs, strict=True):
                 if port.kind == "update":
-                    leaves[_sent(port)] = made.get(out, given.get(out, 0))
+                    leaves[_sent(port)] = (
+                        made.get(out, given.get(out, 0)) if isinstance(out, int) else 0
+                    )
         found = [
             {
                 position: 1 + leaves[_sent(port)]
@@ -360,18 +362,18 @@ class _Builder:
                 program.outputs, program.out_avals, program.out_shardings, strict=True
             ):
                 if slot.kind == LOOP_OUTPUT:
-                    key = (LOOP_OUTPUT, stage, slot.number, m)
-                    self.hand_over(stage, key, step.outputs[slot.number], aval, lies, m)
+                    made: Key = (LOOP_OUTPUT, stage, slot.number, m)
+                    self.hand_over(stage, made, step.outputs[slot.number], aval, lies, m)
         # What goes through a stage as it is leaves with the task that would have made it.
         kinds = {FORWARD: "activation", BACKWARD: "cotangent", BACKWARD_INPUT: "cotangent"}
         for position, came_in in self.stages[stage].passed.items():
             port = step.outputs[position]
             if port.kind == kinds.get(task.kind):
-                key = self.row_key(stage, came_in, m)
+                came: Key = self.row_key(stage, came_in, m)
                 graph = step.traced.graph
                 aval = graph.values[graph.inputs[came_in]].aval
                 lies = input_sharding(self.pipeline, self.meshes[stage], stage, came_in)
-                self.hand_over(stage, key, port, aval, lies, m)
+                self.hand_over(stage, came, port, aval, lies, m)
 
     def row_key(self, stage: int, position: int, microbatch: int) -> Key:
         """The key of a batch input, of another input if it is none."""

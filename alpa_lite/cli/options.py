@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from alpa_lite.passes.methods import (
     Zero2Parallel,
     Zero3Parallel,
 )
+from alpa_lite.passes.pipeline_methods import PipeshardParallel, ThreeDParallel
 
 
 class MethodName(StrEnum):
@@ -33,6 +34,8 @@ class MethodName(StrEnum):
     ZERO1 = "zero1"
     ZERO2 = "zero2"
     ZERO3 = "zero3"
+    PIPELINE = "pipeline"
+    GRID = "3d"
 
 
 METHODS: dict[MethodName, type[Method]] = {
@@ -42,13 +45,15 @@ METHODS: dict[MethodName, type[Method]] = {
     MethodName.ZERO1: Zero1Parallel,
     MethodName.ZERO2: Zero2Parallel,
     MethodName.ZERO3: Zero3Parallel,
+    MethodName.PIPELINE: PipeshardParallel,
 }
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 MethodOption = Annotated[
     MethodName,
     typer.Option(
-        help="auto searches everything; shard searches layouts on one mesh; the others are fixed "
+        help="auto searches all layouts; pipeline searches pipeline stages too; 3d is a fixed grid "
+        "given by --mesh dp=2,tp=4,pp=2; shard searches layouts on one mesh; the others are fixed "
         "recipes, priced alike."
     ),
 ]
@@ -72,6 +77,17 @@ BudgetOption = Annotated[
         help="Memory per device, such as 40GiB or 800MB; what the cluster has if left out.",
     ),
 ]
+ScheduleOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a pipeline: gpipe, 1f1b, eager_1f1b, interleaved_1f1b, zb-h1, zbv, chimera, "
+        "dualpipe, dualpipev or auto."
+    ),
+]
+RematOption = Annotated[
+    str | None,
+    typer.Option(help="What a pipeline's backward pass computes again: none, dots, full or auto."),
+]
 OptimizerOption = Annotated[
     str | None, typer.Option(help="Of a model preset: adamw (default), sgd, adafactor or lion.")
 ]
@@ -91,21 +107,40 @@ _POWERS = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 def make_method(
     name: MethodName, *, microbatches: str = "auto", mesh: str | None = None,
-    memory_budget: str | None = None,
+    memory_budget: str | None = None, schedule: str | None = None, remat: str | None = None,
 ) -> Method:  # fmt: skip
     """The method that these option texts describe.
 
     Raises:
       InputError: one of them means nothing.
     """
+    shape = None if mesh is None else parse_mesh(mesh)
+    options: dict[str, Any] = {
+        "num_microbatches": parse_microbatches(microbatches),
+        "memory_budget_bytes": None if memory_budget is None else parse_bytes(memory_budget),
+    }
+    given = {"schedule": schedule, "remat": remat}
+    staged: dict[str, Any] = {key: text for key, text in given.items() if text is not None}
+    if staged and name not in (MethodName.PIPELINE, MethodName.GRID):
+        raise InputError(f"--{next(iter(staged))} is for --method pipeline and --method 3d only")
     try:
-        return METHODS[name](
-            num_microbatches=parse_microbatches(microbatches),
-            memory_budget_bytes=None if memory_budget is None else parse_bytes(memory_budget),
-            mesh_shape=None if mesh is None else parse_mesh(mesh),
-        )
+        if name == MethodName.GRID:
+            return ThreeDParallel(**_grid(shape), **options, **staged)
+        if name == MethodName.PIPELINE:
+            if shape is not None:
+                raise InputError("--mesh fixes the grid of --method 3d; pipeline searches it")
+            return PipeshardParallel(**options, **staged)
+        return METHODS[name](mesh_shape=shape, **options)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def _grid(shape: MeshShape | None) -> dict[str, Any]:
+    """Sizes of dp, tp and pp, of which those left out are 1."""
+    names = ("dp", "tp", "pp")
+    if not isinstance(shape, Mapping) or not set(shape) <= set(names):
+        raise InputError("--method 3d needs --mesh with sizes of dp, tp and pp: dp=2,tp=4,pp=2")
+    return {name: shape.get(name, 1) for name in names}
 
 
 def parse_microbatches(text: str) -> int | Literal["auto"]:

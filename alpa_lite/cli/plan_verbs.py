@@ -23,6 +23,8 @@ from alpa_lite.cli.options import (
     MethodOption,
     MicrobatchesOption,
     OptimizerOption,
+    RematOption,
+    ScheduleOption,
     SetOption,
     make_method,
     parse_overrides,
@@ -31,6 +33,7 @@ from alpa_lite.cli.output import print_json, progress_bar, remark
 from alpa_lite.cli.target import load_target
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError
+from alpa_lite.passes.pipeline_plan import PipelinePlan, load_plan
 from alpa_lite.passes.plan import Plan
 
 
@@ -61,6 +64,8 @@ def plan(
     mesh: MeshOption = None,
     num_microbatches: MicrobatchesOption = "auto",
     memory_budget: BudgetOption = None,
+    schedule: ScheduleOption = None,
+    remat: RematOption = None,
     optimizer: OptimizerOption = None,
     overrides: SetOption = None,
     json: JsonOption = False,
@@ -73,8 +78,9 @@ def plan(
     """
     hardware = Cluster.resolve(cluster)
     options = make_method(
-        method, microbatches=num_microbatches, mesh=mesh, memory_budget=memory_budget
-    )
+        method, microbatches=num_microbatches, mesh=mesh, memory_budget=memory_budget,
+        schedule=schedule, remat=remat,
+    )  # fmt: skip
     if output is not None and not output.absolute().parent.is_dir():
         raise InputError(f"--output {output}: there is no folder {output.absolute().parent}")
     # Shapes are all that planning needs: accelerators are left alone.
@@ -108,10 +114,10 @@ def show(
     No device is started. Exits with 3 if the file is not a valid plan. With --json the output is
     the content of the file as it was understood.
     """
-    _print_plan(Plan.load(file), as_json=json)
+    _print_plan(load_plan(file), as_json=json)
 
 
-def _print_plan(plan: Plan, *, as_json: bool) -> None:
+def _print_plan(plan: Plan | PipelinePlan, *, as_json: bool) -> None:
     if as_json:
         print_json(plan.to_json())
     else:
@@ -129,7 +135,7 @@ def _named(step: Callable[..., Any], name: str) -> Callable[..., Any]:
     return named
 
 
-def _save(plan: Plan, path: Path) -> None:
+def _save(plan: Plan | PipelinePlan, path: Path) -> None:
     try:
         plan.save(path)
     except OSError as error:

@@ -307,9 +307,10 @@ class _Builder:
         first = len(self.ops)
         outs = self.inline(jaxpr, const_operands, operands, place=place, phase=FORWARD)
         num_outs = len(spec.forward.out_avals)
-        grads = outs[num_outs:][: spec.num_accumulated]
+        grads = [g for g in outs[num_outs:][: spec.num_accumulated] if not isinstance(g, Literal)]
+        num_grads = len(outs[num_outs:][: spec.num_accumulated])
         loss, others = (outs[0], outs[1:num_outs]) if spec.has_loss else (None, outs[:num_outs])
-        if isinstance(loss, Literal) or any(isinstance(g, Literal) for g in grads):
+        if isinstance(loss, Literal) or len(grads) < num_grads:
             return outs  # a constant loss or gradient: nothing to accumulate
         others += outs[num_outs + len(grads) :]
         self.regions.append(

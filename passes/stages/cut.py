@@ -73,7 +73,7 @@ def cut_forward(graph: LayerGraph, stages: Sequence[Sequence[int]]) -> tuple[Sta
     """
     _check_assignment(graph.num_layers, stages)
     parts = graph.parts
-    home = {}
+    home: dict[Any, int] = {}
     for stage, layers in enumerate(stages):
         for layer in layers:
             for i in graph.layers[layer]:

@@ -88,7 +88,9 @@ def split_parts(closed: Any, batch_positions: Iterable[int]) -> StepParts:
     gradient = equations[at]
     spec: GradSpec = gradient.params["spec"]
     batch = frozenset(inputs[i] for i in batch_positions)
-    tainted, before, loop = set(batch), [], []
+    tainted = set(batch)
+    before: list[Any] = []
+    loop: list[Any] = []
     for eqn in equations[:at]:
         depends = not tainted.isdisjoint(variables(eqn.invars))
         (loop if depends else before).append(eqn)

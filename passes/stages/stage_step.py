@@ -11,7 +11,7 @@ the same passes as those of a whole step.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -105,10 +105,9 @@ def build_stage_step(
     else:
         traced = like.traced
     outputs = builder.outputs(state)
-    named = [builder.name(p, names.inputs) for p in ports]
     graph = replace(
-        traced.graph, input_names=tuple(named),
-        output_names=tuple(builder.name(p, names.outputs) for p in outputs),
+        traced.graph, input_names=_distinct(builder.name(p, names.inputs) for p in ports),
+        output_names=_distinct(builder.name(p, names.outputs) for p in outputs),
     )  # fmt: skip
     kinds = tuple(builder.kind(p) for p in outputs)
     return StageStep(cut, replace(traced, graph=graph), ports, outputs, kinds)
@@ -452,6 +451,16 @@ def _function(
         return [env[v] for v in outputs]
 
     return run
+
+
+def _distinct(names: Iterable[str]) -> tuple[str, ...]:
+    """The names, those that come again with a number."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return tuple(found)
 
 
 def _of_port(port: Port) -> Any:

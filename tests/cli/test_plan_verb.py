@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from alpa_lite.passes.pipeline_plan import PipelinePlan, load_plan
 from alpa_lite.passes.plan import Plan
 
 MLP = ("plan", "mlp-test", "--cluster", "h100:8", "--batch-size", 64)
@@ -158,3 +159,36 @@ def test_bad_input_is_3(invoke, arguments, expected):
 def test_errors_of_the_user_keep_their_traceback(invoke, factory, error):
     result = invoke("plan", f"tests.cli.{factory}", "--cluster", "h100:8")
     assert isinstance(result.exception, error)
+
+
+def test_a_grid_with_pipeline_stages(invoke, tmp_path):
+    file = tmp_path / "plan.json"
+    made = invoke(
+        "plan", "mlp-test", "--cluster", "h100:8", "--batch-size", 16, "--method", "3d",
+        "--mesh", "dp=4,pp=2", "--remat", "full", "-o", str(file),
+    )  # fmt: skip
+    assert made.exit_code == 0, made.stderr
+    plan = load_plan(file)
+    assert isinstance(plan, PipelinePlan)
+    assert len(plan.stages) == 2
+    assert {stage.plan.mesh.shape for stage in plan.stages} == {(4,)}
+    assert {stage.remat for stage in plan.stages} == {"full"}
+    shown = invoke("show", str(file))
+    assert shown.exit_code == 0
+    assert "2 on 2 submeshes" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--method", "3d"], "--method 3d needs --mesh"),
+        (["--method", "3d", "--mesh", "2,4"], "--method 3d needs --mesh"),
+        (["--method", "auto", "--schedule", "gpipe"], "--schedule is for --method pipeline"),
+        (["--method", "3d", "--mesh", "pp=8", "--schedule", "fast"], "there is no schedule 'fast'"),
+        (["--method", "3d", "--mesh", "dp=3,pp=2"], "the cluster has 8"),
+    ],
+)
+def test_pipeline_options_that_mean_nothing(invoke, options, wanted):
+    made = invoke("plan", "mlp-test", "--cluster", "h100:8", "--batch-size", 16, *options)
+    assert made.exit_code == 3
+    assert wanted in made.stderr
