@@ -1,0 +1,1 @@
+"""From a step to pipeline stages: `source` traces and cuts it, `plan_stage` plans one stage."""
