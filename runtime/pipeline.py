@@ -25,11 +25,10 @@ from alpa_lite.passes.schedules import programs as task_kinds
 from alpa_lite.passes.schedules.task import BACKWARD_INPUT
 from alpa_lite.passes.stages.stage_step import update_rounds
 from alpa_lite.runtime.arguments import Inputs, OwnResults, find_rivals, leaf_aval, place
+from alpa_lite.runtime.instructions import Instruction, PipelineProgram
 from alpa_lite.runtime.lower import device_mesh
 from alpa_lite.runtime.phases import PhasePrograms, compile_phases
 from alpa_lite.runtime.pipeline_program import (
-    Instruction,
-    PipelineProgram,
     arrival_rounds,
     build_program,
     state_sharding,

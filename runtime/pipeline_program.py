@@ -9,8 +9,8 @@ it, so that arrays are dropped as soon as they are not needed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -19,6 +19,14 @@ from alpa_lite.passes.pipeshard import PlannedPipeline
 from alpa_lite.passes.schedules import Task, global_order
 from alpa_lite.passes.schedules.task import BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT, FORWARD
 from alpa_lite.passes.stages.stage_step import Port, update_rounds
+from alpa_lite.runtime.instructions import (
+    MOVE,
+    RUN,
+    Instruction,
+    PipelineProgram,
+    verify_program,
+    with_frees,
+)
 from alpa_lite.runtime.lower import sharding
 from alpa_lite.runtime.phases import (
     ACCUMULATOR,
@@ -34,62 +42,8 @@ from alpa_lite.runtime.phases import (
     Slot,
 )
 
-RUN = "run"
-MOVE = "move"
-
 Key = Hashable
 """What a slot holds: see `_Builder`."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Instruction:
-    """One asynchronous call.
-
-    Attributes:
-      kind: `run` (a program of a stage) or `move` (a value to another mesh).
-      name: readable.
-      mesh: index of the mesh that does it; of a move, the source.
-      target: of a move, the mesh that receives.
-      call: takes and returns arrays; a move takes one and returns one.
-      reads, writes: slots.
-      frees: slots that nobody reads afterwards, donated ones included.
-      donates: slots whose buffers the call takes over.
-      task: of the schedule, if it is one.
-    """
-
-    kind: str
-    name: str
-    mesh: int
-    target: int
-    call: Callable[..., Any]
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    frees: tuple[int, ...]
-    donates: tuple[int, ...]
-    task: Task | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PipelineProgram:
-    """Everything that runs in one step.
-
-    Attributes:
-      instructions: in order.
-      num_slots: slots in use.
-      state: per state input of the step, its slot.
-      arguments: (position of a step input, sharding, slot): inputs that are no state and no batch.
-      rows: (position of a batch input, microbatch, sharding, slot).
-      indices: (microbatch, sharding, slot): numbers of microbatches.
-      outputs: per output of the step, its slot, or slots of all microbatches to be joined.
-    """
-
-    instructions: tuple[Instruction, ...]
-    num_slots: int
-    state: Mapping[int, int]
-    arguments: tuple[tuple[int, Any, int], ...]
-    rows: tuple[tuple[int, int, Any, int], ...]
-    indices: tuple[tuple[int, Any, int], ...]
-    outputs: tuple[int | tuple[int, ...], ...]
 
 
 Move = Callable[[Any, Any, Any], Callable[[jax.Array], jax.Array]]
@@ -114,31 +68,6 @@ def build_program(
     program = _Builder(pipeline, stages, meshes, make_move).build()
     verify_program(program)
     return program
-
-
-def verify_program(program: PipelineProgram) -> None:
-    """Check on paper what the runtime does not: a wrong use of a donated array ends the process.
-
-    Raises:
-      AssertionError: a slot is written twice, or read before it is written or after it was freed or
-        donated.
-    """
-    alive = set(program.state.values())
-    alive |= {slot for *_, slot in (*program.arguments, *program.rows, *program.indices)}
-    written = set(alive)
-    for at, each in enumerate(program.instructions):
-        for slot in each.reads:
-            assert slot in alive, f"instruction {at}, {each.name}, reads slot {slot}, which is gone"
-        assert set(each.donates) <= set(each.frees), f"{each.name} donates slots and keeps them"
-        assert set(each.frees) <= alive, f"instruction {at}, {each.name}, frees a slot twice"
-        alive -= set(each.frees)
-        for slot in each.writes:
-            assert slot not in written, f"instruction {at}, {each.name}, writes slot {slot} again"
-        written |= set(each.writes)
-        alive |= set(each.writes)
-    for out in program.outputs:
-        for slot in (out,) if isinstance(out, int) else out:
-            assert slot in alive, f"output slot {slot} is gone at the end"
 
 
 def arrival_rounds(pipeline: PlannedPipeline) -> tuple[dict[int, int], ...]:
@@ -220,7 +149,7 @@ class _Builder:
         outputs = self.outputs()
         kept = {s for out in outputs for s in ((out,) if isinstance(out, int) else out)}
         return PipelineProgram(
-            _with_frees(self.instructions, kept, self.count), self.count, state,
+            with_frees(self.instructions, kept, self.count), self.count, state,
             tuple(self.arguments), tuple(self.rows),
             tuple((m, sharding, slot) for (m, sharding), slot in self.indices.items()), outputs,
         )  # fmt: skip
@@ -517,18 +446,3 @@ def state_sharding(
     ports = pipeline.steps[stage].inputs
     at = next(i for i, p in enumerate(ports) if p.kind == "state" and p.position == position)
     return input_sharding(pipeline, mesh, stage, at)
-
-
-def _with_frees(
-    instructions: Sequence[Instruction], kept: set[int], count: int
-) -> tuple[Instruction, ...]:
-    """The instructions with the slots that each is the last to read."""
-    seen = set(kept)
-    found = []
-    for each in reversed(instructions):
-        last = tuple(s for s in dict.fromkeys((*each.reads, *each.writes)) if s not in seen)
-        seen.update(each.reads)
-        seen.update(each.writes)
-        frees = tuple(s for s in last if s in each.reads)
-        found.append(replace(each, frees=frees))
-    return tuple(reversed(found))
