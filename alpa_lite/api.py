@@ -26,8 +26,7 @@ from alpa_lite.runtime.pipeline import (
     PipelineExecutable,
     compile_pipeline,
     init_on_meshes,
-    stage_meshes,
-    state_shardings,
+    user_shardings,
 )
 
 
@@ -193,7 +192,7 @@ class ParallelStep:
                     "Change init_fn, or plan for its state: .plan(state_shapes, batch)"
                 )
         if isinstance(planned, PlannedPipeline):
-            found = state_shardings(planned, stage_meshes(planned))
+            found = user_shardings(planned)
             return init_on_meshes(init_fn, args, [found[p] for p in positions])
         mesh, specs = device_mesh(planned.plan.mesh), list(planned.plan.inputs.values())
         shardings = jax.tree.unflatten(tree, [sharding(mesh, specs[p]) for p in positions])

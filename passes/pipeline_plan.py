@@ -107,6 +107,7 @@ class PipelinePlan:
       num_microbatches: microbatches per step.
       num_layers: layers the forward pass was cut into.
       layer_num: how many were asked for; 0 for "auto".
+      num_pieces: into how many pieces a scan over layers was cut; 1 if there is none.
       schedule: order of the tasks.
       num_virtual: stages per submesh.
       memory_budget_bytes: per device.
@@ -127,6 +128,7 @@ class PipelinePlan:
     num_microbatches: int
     num_layers: int
     layer_num: int
+    num_pieces: int
     schedule: str
     num_virtual: int
     memory_budget_bytes: float
@@ -168,6 +170,7 @@ class PipelinePlan:
             "num_microbatches": self.num_microbatches,
             "num_layers": self.num_layers,
             "layer_num": self.layer_num,
+            "num_pieces": self.num_pieces,
             "schedule": self.schedule,
             "num_virtual": self.num_virtual,
             "memory_budget_bytes": self.memory_budget_bytes,
@@ -207,7 +210,8 @@ class PipelinePlan:
         plan = cls(
             name=data["name"], method=data["method"], cluster=cluster,
             graph_hash=data["graph_hash"], num_microbatches=data["num_microbatches"],
-            num_layers=data["num_layers"], layer_num=data["layer_num"], schedule=data["schedule"],
+            num_layers=data["num_layers"], layer_num=data["layer_num"],
+            num_pieces=data["num_pieces"], schedule=data["schedule"],
             num_virtual=data["num_virtual"], memory_budget_bytes=data["memory_budget_bytes"],
             meshes=tuple(
                 Placement(
@@ -244,6 +248,7 @@ PIPELINE: Mapping[str, Any] = {
     "num_microbatches": _COUNT,
     "num_layers": _COUNT,
     "layer_num": _INDEX,
+    "num_pieces": _COUNT,
     "schedule": plan_schema.Text(tuple(SCHEDULES)),
     "num_virtual": _COUNT,
     "memory_budget_bytes": plan_schema.Number(),

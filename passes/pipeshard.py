@@ -111,7 +111,12 @@ def plan_pipeline(
         alternatives = found.alternatives
         source = layer_step(call, spec.num_microbatches, method.layer_num)
     elif isinstance(method, ThreeDParallel | ManualPipeline):
-        source = layer_step(call, int(method.num_microbatches), method.layer_num)
+        stages = (
+            method.pp * method.num_virtual
+            if isinstance(method, ThreeDParallel)
+            else len(method.layers)
+        )
+        source = layer_step(call, int(method.num_microbatches), method.layer_num, stages, table)
         spec = (
             grid_spec(method, source, cluster)
             if isinstance(method, ThreeDParallel)
@@ -413,7 +418,9 @@ def restore_pipeline(
       PlanError: the plan belongs to another step, or an edit is impossible.
       InfeasibleError: a stage needs more memory than its own budget.
     """
-    source = layer_step(call, plan.num_microbatches, plan.layer_num or "auto")
+    source = layer_step(
+        call, plan.num_microbatches, plan.layer_num or "auto", plan.num_pieces, table
+    )
     if source.hash != plan.graph_hash or source.graph.num_layers != plan.num_layers:
         raise PlanError(
             f"the plan {plan.name!r} was made for another step: its graph hash is "
@@ -478,6 +485,7 @@ def assemble(
         name=name, method=method.label, cluster=cluster, graph_hash=source.hash,
         num_microbatches=spec.num_microbatches, num_layers=source.graph.num_layers,
         layer_num=0 if method.layer_num == "auto" else int(method.layer_num),
+        num_pieces=source.places.num_pieces,
         schedule=spec.schedule, num_virtual=spec.num_virtual,
         memory_budget_bytes=float(method.memory_budget_bytes or cluster.usable_hbm_bytes),
         meshes=meshes, stages=records,

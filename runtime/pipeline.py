@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from alpa_lite.errors import PlanError
+from alpa_lite.ir.graph import Literal
 from alpa_lite.passes.inter_op import Placement
 from alpa_lite.passes.pipeline_plan import PipelinePlan
 from alpa_lite.passes.pipeshard import PlannedPipeline
@@ -33,6 +34,7 @@ from alpa_lite.runtime.pipeline_program import (
     build_program,
     state_sharding,
 )
+from alpa_lite.runtime.stacked import LeafMap
 from alpa_lite.runtime.transfer import plan_transfer
 
 
@@ -45,6 +47,7 @@ class PipelineExecutable:
       meshes: devices of each stage, as its logical mesh.
       stages: compiled programs of each stage.
       program: the instructions.
+      leaves: from the leaves a user has to those of the stages, and back.
       inputs: input leaves that are no batch leaves.
       positions: of those leaves among all.
       batch: (position, path, type) of the batch leaves, at the full batch size.
@@ -57,6 +60,7 @@ class PipelineExecutable:
     meshes: tuple[jax.sharding.Mesh, ...]
     stages: tuple[PhasePrograms, ...]
     program: PipelineProgram
+    leaves: LeafMap
     inputs: Inputs
     positions: tuple[int, ...]
     batch: tuple[tuple[int, str, Any], ...]
@@ -99,7 +103,9 @@ class PipelineExecutable:
         program = self.program
         slots: list[Any] = [None] * program.num_slots
         placed = place(self.inputs, [leaves[p] for p in self.positions], self.own)
-        by_position = dict(zip(self.positions, placed, strict=True))
+        by_position: dict[int, jax.Array] = {}
+        for leaf, x in zip(self.positions, placed, strict=True):
+            by_position |= self.leaves.split(leaf, x)
         for position, slot in program.state.items():
             slots[slot] = by_position[position]
         values, shardings, targets = [], [], []
@@ -107,7 +113,10 @@ class PipelineExecutable:
             values.append(by_position[position])
             shardings.append(sharding)
             targets.append(slot)
-        batches = {p: _checked(leaves[p], name, aval) for p, name, aval in self.batch}
+        batches = {
+            self.leaves.places.inputs[p].positions[0]: _checked(leaves[p], name, aval)
+            for p, name, aval in self.batch
+        }
         for position, microbatch, sharding, slot in program.rows:
             values.append(_rows(batches[position], microbatch, self.plan.num_microbatches))
             shardings.append(sharding)
@@ -120,10 +129,11 @@ class PipelineExecutable:
 
     def leave(self, slots: Sequence[Any]) -> Any:
         """The result of the step, from the slots after the last instruction."""
-        results = [
+        made = [
             slots[out] if isinstance(out, int) else _join([slots[s] for s in out])
             for out in self.program.outputs
         ]
+        results = self.leaves.join(made)
         self.own.replace(results)
         return jax.tree.unflatten(self.out_tree, results)
 
@@ -173,25 +183,34 @@ def compile_pipeline(
         )  # fmt: skip
     program = build_program(pipeline, stages, meshes, make_move)
     source = pipeline.source
-    names = source.names.inputs
-    rows = {i for i, v in enumerate(source.parts.inputs) if v in source.parts.batch}
+    leaves = leaf_map(pipeline, meshes)
+    places, names = source.places.inputs, source.traced.graph.input_names
+    inner = source.parts.inputs
+    rows = {i for i, at in enumerate(places) if inner[at.positions[0]] in source.parts.batch}
     positions = tuple(i for i in range(len(names)) if i not in rows)
     first = {p: s for p, s, _ in reversed(program.arguments)}
     state = state_shardings(pipeline, meshes)
     replicated = NamedSharding(meshes[0], PartitionSpec())
-    shardings = tuple(state.get(p, first.get(p, replicated)) for p in positions)
+    shardings = tuple(
+        leaves.inputs[i].whole
+        if i in leaves.inputs
+        else state.get(places[i].positions[0], first.get(places[i].positions[0], replicated))
+        for i in positions
+    )
     avals = [
         jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=getattr(a, "weak_type", False))
         for a in full_avals
     ]
     chosen = tuple(avals[p] for p in positions)
-    donated = frozenset(i for i, p in enumerate(positions) if p in program.state)
+    donated = frozenset(
+        n for n, i in enumerate(positions) if places[i].positions[0] in program.state
+    )
     inputs = Inputs(
         tuple(names[p] for p in positions), chosen, shardings, donated,
         find_rivals(chosen, shardings, donated),
     )  # fmt: skip
     return PipelineExecutable(
-        pipeline, tuple(meshes), tuple(stages), program, inputs, positions,
+        pipeline, tuple(meshes), tuple(stages), program, leaves, inputs, positions,
         tuple((p, names[p], avals[p]) for p in sorted(rows)),
         tuple((slot, jax.device_put(np.int32(m), s)) for m, s, slot in program.indices),
         source.traced.in_tree, source.traced.out_tree, own or OwnResults(),
@@ -206,6 +225,33 @@ def state_shardings(
         position: state_sharding(pipeline, meshes[home], home, position)
         for position, home in enumerate(pipeline.cut.split.input_homes)
         if home is not None
+    }
+
+
+def leaf_map(pipeline: PlannedPipeline, meshes: Sequence[jax.sharding.Mesh]) -> LeafMap:
+    """From the leaves a user has to those of the stages, and back.
+
+    Raises:
+      PlanError: the stages of a scan over layers have submeshes of different sizes.
+    """
+    graph = pipeline.source.traced.graph
+    shapes = [graph.values[v].shape for v in graph.inputs]
+    # The first dim of per-example outputs differs; those are never stacked.
+    outputs = [
+        tuple(o.shape) if isinstance(o, Literal) else graph.values[o].shape for o in graph.outputs
+    ]
+    state = state_shardings(pipeline, meshes)
+    return LeafMap(pipeline.source.places, graph.input_names, (shapes, outputs), state)
+
+
+def user_shardings(pipeline: PlannedPipeline) -> dict[int, NamedSharding]:
+    """Layout of every state leaf on the attached devices, by position among the user's leaves."""
+    meshes = stage_meshes(pipeline)
+    state, leaves = state_shardings(pipeline, meshes), leaf_map(pipeline, meshes)
+    return {
+        i: leaves.inputs[i].whole if i in leaves.inputs else state[place.positions[0]]
+        for i, place in enumerate(pipeline.source.places.inputs)
+        if place.positions[0] in state
     }
 
 

@@ -249,8 +249,8 @@ class _Builder:
             jaxpr, consts = compat.jaxpr_parts(body)
             const_operands = self.constant_operands(jaxpr, consts)
             return self.inline(jaxpr, const_operands, operands, place=place, phase=phase)
-        phase_here = _phase(place.scope) if phase else UPDATE
-        subgraphs, params = self.split_params(eqn, place, phase)
+        phase_here = _phase(place.scope, phase)
+        subgraphs, params = self.split_params(eqn, place, phase_here if phase else "")
         if compat.has_side_effect(eqn) and not subgraphs:
             where = compat.source_line(place.source_infos) or place.scope or "an unknown place"
             self.notes.append(
@@ -293,7 +293,7 @@ class _Builder:
         self.ops.append(
             Op(
                 len(self.ops), compat.optimization_barrier_primitive(), {}, tuple(values), results,
-                (), place.scope, _phase(place.scope) if phase else UPDATE, 0.0, place.source_infos,
+                (), place.scope, _phase(place.scope, phase), 0.0, place.source_infos,
             )
         )  # fmt: skip
         renamed = dict(zip(values, results, strict=True))
@@ -372,6 +372,9 @@ def _op_flops(eqn: Any, params: Mapping[str, Any], subgraphs: Sequence[Graph]) -
     return equation_flops(eqn.primitive.name, params, ins, [v.aval for v in eqn.outvars])
 
 
-def _phase(scope: str) -> str:
+def _phase(scope: str, around: str) -> str:
+    """Phase of an equation in a body that runs in phase `around`; `""` outside of gradients."""
+    if around in ("", BACKWARD):
+        return around or UPDATE
     # JAX marks transposed equations in the name stack; recomputation under remat happens there too.
     return BACKWARD if "transpose(" in scope else FORWARD

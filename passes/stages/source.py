@@ -11,9 +11,11 @@ from alpa_lite.ir.graph import graph_hash
 from alpa_lite.ir.trace import TracedStep, trace_whole_gradient
 from alpa_lite.passes.microbatch import CONCATENATE, check_outputs, combination_notes
 from alpa_lite.passes.pipeline import StepArgs
+from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.stages.cut import StageCut, cut_forward, replicate
 from alpa_lite.passes.stages.layers import LayerGraph, build_layers
 from alpa_lite.passes.stages.parts import StepParts, split_parts
+from alpa_lite.passes.stages.split_scan import SplitStep, split_scan
 from alpa_lite.passes.stages.stage_step import (
     StageStep,
     StepNames,
@@ -33,6 +35,8 @@ class LayeredStep:
       graph: its layers.
       names: its inputs and outputs.
       num_microbatches: the count.
+      places: where the step's inputs and outputs are among those of `graph`, which has those of
+        scanned layers in pieces.
       hash: of the traced graph; a plan belongs to one.
       notes: what the user should know.
     """
@@ -41,6 +45,7 @@ class LayeredStep:
     graph: LayerGraph
     names: StepNames
     num_microbatches: int
+    places: SplitStep
     hash: str
     notes: tuple[str, ...]
 
@@ -76,9 +81,17 @@ class CutStep:
 
 
 def layer_step(
-    call: StepArgs, num_microbatches: int, layer_num: int | Literal["auto"] = "auto"
-) -> LayeredStep:
+    call: StepArgs, num_microbatches: int, layer_num: int | Literal["auto"] = "auto",
+    num_pieces: int = 1, table: RuleTable | None = None,
+) -> LayeredStep:  # fmt: skip
     """Trace a step for a pipeline.
+
+    Args:
+      call: the step and its arguments.
+      num_microbatches: microbatches per step.
+      layer_num: how many layers.
+      num_pieces: into how many pieces a scan over layers is cut; each is one layer then.
+      table: sharding rules found so far.
 
     Raises:
       StepError: the step does not keep the contract, has no captured gradient, or cannot be cut
@@ -95,19 +108,25 @@ def layer_step(
             "names, first. Use a method without pipeline stages for other functions."
         )
     rows = batch_positions(traced, call.batch_argnums)
-    parts = split_parts(closed, rows)
+    places = split_scan(closed, num_pieces, aliases=aliases, table=table)
+    parts = split_parts(places.closed, [p for i in rows for p in places.inputs[i].positions])
     kinds = check_outputs(whole, traced, num_microbatches)
+    if places.num_pieces > 1 and layer_num == "auto":
+        layer_num = places.num_pieces
     graph = build_layers(parts, layer_num)
+    shapes_in, shapes_out = _shapes(closed.in_avals), _shapes(closed.out_avals)
     names = StepNames(
-        inputs=traced.graph.input_names,
-        outputs=traced.graph.output_names,
-        output_kinds=kinds,
-        aliases=aliases,
+        inputs=tuple(places.input_names(traced.graph.input_names, shapes_in)),
+        outputs=tuple(places.output_names(traced.graph.output_names, shapes_out)),
+        output_kinds=tuple(
+            kind for kind, place in zip(kinds, places.outputs, strict=True) for _ in place.positions
+        ),
+        aliases=places.aliases,
     )
     notes = combination_notes(whole, traced, kinds, num_microbatches)
     return LayeredStep(
-        traced, graph, names, num_microbatches, graph_hash(traced.graph),
-        (*traced.graph.notes, *notes, *graph.notes),
+        traced, graph, names, num_microbatches, places, graph_hash(traced.graph),
+        (*traced.graph.notes, *notes, *places.notes, *graph.notes),
     )  # fmt: skip
 
 
@@ -130,6 +149,10 @@ def cut_step(
     rows = [i for i, kind in enumerate(source.names.output_kinds) if kind == CONCATENATE]
     split = split_update(source.parts, cuts, source.names.aliases, each, rows)
     return CutStep(source, cuts, split)
+
+
+def _shapes(avals: Sequence[Any]) -> list[tuple[int, ...]]:
+    return [tuple(a.shape) for a in avals]
 
 
 def _trace(call: StepArgs, num_microbatches: int) -> tuple[TracedStep, Any]:
