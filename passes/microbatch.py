@@ -63,6 +63,7 @@ def check_outputs(full: TracedStep, micro: TracedStep, count: int) -> tuple[str,
     _check_update_reads(full, micro, count)
     _check_update_is_same(full, micro, count)
     from_loop = _loop_results(full, micro)
+    rows = from_loop | _resized_inputs(full, micro)
     kinds = []
     for name, whole, part in zip(names, full.graph.outputs, micro.graph.outputs, strict=True):
         if isinstance(whole, Literal) or isinstance(part, Literal):
@@ -75,6 +76,12 @@ def check_outputs(full: TracedStep, micro: TracedStep, count: int) -> tuple[str,
                 _check_combines(f"output {name}", a.dtype, count)
             kinds.append(MEAN if jnp.issubdtype(a.dtype, jnp.inexact) else SUM)
         elif a.shape[1:] == b.shape[1:] and a.shape[0] == count * b.shape[0]:
+            if part not in rows:
+                raise StepError(
+                    f"output {name} has a row per example, {list(a.shape)}, but depends on no row "
+                    f"of the batch, so {count} microbatches do not make up its parts. Drop it or "
+                    "use num_microbatches=1."
+                )
             kinds.append(CONCATENATE)
         else:
             raise StepError(

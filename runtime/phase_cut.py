@@ -36,7 +36,8 @@ class PhaseCut:
 
     Attributes:
       parts: the step.
-      prepare: once, before the first microbatch.
+      prepare: once, before the first microbatch; returns outputs per microbatch that are the same
+        for all of them.
       loop: per microbatch, in order.
       update: once, after the last microbatch, in rounds; some may be empty.
       direct: invariants of the loop (flat values, as the loop sees them) that are inputs or
@@ -112,16 +113,20 @@ class _Cutter:
             for v in self.enters
             if v not in self.from_nothing and self.enters[v].results[0] not in direct
         ]
-        ready = self.closure(entered, self.parts.before)
+        same = self.same_for_all(passed)
+        early = [o for o in (self.graph.outputs[i] for i in same) if not isinstance(o, Literal)]
+        ready = self.closure((*entered, *early), self.parts.before)
+        links = self.parts.links
+        loose = [links[v] for v in dict.fromkeys(early) if v in links and v not in self.maker]
         update = self.update_ops(ready)
         round_of = self.rounds(update, rounds)
         num_rounds = max(1, len(rounds or ()))
-        homes = self.output_homes([ops for _, ops in loop], round_of, num_rounds, passed)
+        homes = self.output_homes([ops for _, ops in loop], round_of, num_rounds, {*passed, *same})
         update_segments = tuple(
             Segment(
                 "update" if num_rounds == 1 else f"update_{r}",
                 (
-                    *(self.parts.loose if r == 0 else ()),
+                    *(link for link in self.parts.loose if r == 0 and link not in loose),
                     *self.parts.items(op for op in update if round_of[op.id] == r),
                 ),
                 (), homes["update", r],
@@ -135,7 +140,9 @@ class _Cutter:
                 (
                     *self.parts.items(op for op in self.parts.before if op.id in ready),
                     *(self.enters[v] for v in entered),
+                    *loose,
                 ),
+                (), tuple(same),
             ),
             tuple(
                 self.loop_segment(name, ops, more, homes["loop", i])
@@ -290,9 +297,21 @@ class _Cutter:
                 return False
         return bool(self.steps(link, 0))
 
+    def same_for_all(self, passed: Collection[int]) -> list[int]:
+        """Outputs per microbatch that no microbatch changes: of a gradient that is a constant."""
+        if not self.graph.grad_regions:
+            return []
+        varying = self.batch_values() | {r for op in self.parts.loop for r in op.results}
+        return [
+            i
+            for i, output in enumerate(self.graph.outputs)
+            if self.is_per_microbatch(i) and i not in passed
+            and (isinstance(output, Literal) or output not in varying)
+        ]  # fmt: skip
+
     def output_homes(
         self, loop: Sequence[Sequence[Op]], round_of: Mapping[int, int], num_rounds: int,
-        passed: Mapping[int, int],
+        elsewhere: Collection[int],
     ) -> dict[tuple[str, int], tuple[int, ...]]:  # fmt: skip
         """Output positions by the segment that returns them."""
         where = {op.id: i for i, ops in enumerate(loop) for op in ops}
@@ -302,7 +321,7 @@ class _Cutter:
         }
         batch = self.batch_values()
         for position, output in enumerate(self.graph.outputs):
-            if position in passed:
+            if position in elsewhere:
                 continue
             home = ("update", 0) if self.graph.grad_regions else ("loop", 0)
             if not isinstance(output, Literal):

@@ -303,6 +303,13 @@ class _Builder:
                 aval = graph.values[graph.inputs[came_in]].aval
                 lies = input_sharding(self.pipeline, self.meshes[stage], stage, came_in)
                 self.hand_over(stage, came, port, aval, lies, m)
+        early = self.stages[stage].prepare
+        for slot, aval, lies in (
+            zip(early.outputs, early.out_avals, early.out_shardings, strict=True) if early else ()
+        ):
+            if slot.kind == OUTPUT and step.outputs[slot.number].kind == kinds.get(task.kind):
+                same: Key = (OUTPUT, stage, slot.number)
+                self.hand_over(stage, same, step.outputs[slot.number], aval, lies, m)
 
     def row_key(self, stage: int, position: int, microbatch: int) -> Key:
         """The key of a batch input, of another input if it is none."""
