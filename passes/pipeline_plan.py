@@ -47,7 +47,10 @@ class PlannedStage:
       in_flight: most microbatches between their forward and backward pass here.
       forward_s, backward_s: predicted seconds of one microbatch.
       per_step_s: predicted seconds once per step.
+      send_s, return_s: predicted seconds to send one microbatch's activations to the next stage,
+        and its cotangents to the one before.
       peak_bytes: per device, with all microbatches in flight.
+      stash_bytes: per device, what each microbatch in flight keeps for its backward pass.
       plan: its layouts; the cluster in it is the submesh.
     """
 
@@ -59,7 +62,10 @@ class PlannedStage:
     forward_s: float
     backward_s: float
     per_step_s: float
+    send_s: float
+    return_s: float
     peak_bytes: float
+    stash_bytes: float
     plan: Plan
 
 
@@ -278,7 +284,10 @@ PIPELINE: Mapping[str, Any] = {
             "forward_s": plan_schema.Number(),
             "backward_s": plan_schema.Number(),
             "per_step_s": plan_schema.Number(),
+            "send_s": plan_schema.Number(),
+            "return_s": plan_schema.Number(),
             "peak_bytes": plan_schema.Number(),
+            "stash_bytes": plan_schema.Number(),
             "plan": plan_schema.PLAN,
         }
     ),

@@ -470,7 +470,10 @@ def assemble(
             layers=tuple(spec.stages[i % num].layers), pipeline=i // num, mesh=laid.mesh,
             remat=spec.stages[i % num].remat, in_flight=laid.in_flight,
             forward_s=laid.cost.forward_s, backward_s=laid.cost.backward_s,
-            per_step_s=laid.cost.per_step_s, peak_bytes=laid.peak_bytes,
+            per_step_s=laid.cost.per_step_s,
+            send_s=(*times.forward_transfer_s, 0.0)[i % num],
+            return_s=(0.0, *times.backward_transfer_s)[i % num],
+            peak_bytes=laid.peak_bytes, stash_bytes=laid.cost.stash_bytes,
             plan=laid.planned.plan,
         )
         for i, laid in enumerate(stages)
