@@ -1,91 +1,42 @@
 """The whole compile of a pipeline, as a straight run of named steps.
 
-trace                 function, shapes     -> LayeredStep       stages.source, stages.layers
-specify               method               -> PipelineSpec      here; searched by stages.search
-cut                   LayeredStep, spec    -> CutStep           stages.cut, stages.update
-order                 spec                 -> Schedule          schedules
-place                 spec, Cluster        -> Placement         inter_op.placement
-for each stage, unless one like it was planned:
-trace               CutStep              -> StageStep         stages.stage_step
-plan                StageStep, submesh   -> StagePlan         stages.plan_stage
-simulate              times of all stages  -> Timeline          schedules.simulate
-report                                     -> PipelinePlan      here
+    trace               function, shapes     -> LayeredStep     stages.source, stages.layers
+    specify             method               -> PipelineSpec    stages.given_spec, stages.search,
+                                                                stages.scan_search
+    cut                 LayeredStep, spec    -> CutStep         stages.cut, stages.update
+    order               spec                 -> Schedule        schedules
+    place               spec, Cluster        -> Placement       inter_op.placement
+    for each stage, unless one like it was planned:
+      trace             CutStep              -> StageStep       stages.stage_step
+      plan              StageStep, submesh   -> StagePlan       stages.plan_stage
+    simulate            times of all stages  -> Timeline        schedules.simulate
+    report                                   -> PipelinePlan    stages.realise
+
+Everything after the second line is `stages.realise`.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import replace
 
 from alpa_lite.cost_model import Cluster
-from alpa_lite.errors import InfeasibleError, PlanError, StepError
-from alpa_lite.ir.graph import graph_hash
-from alpa_lite.ir.sharding import Mesh
-from alpa_lite.passes.build import PlanningInputs
-from alpa_lite.passes.decisions import Decisions, decide
-from alpa_lite.passes.inter_op import Placement, Submesh, place_submeshes
-from alpa_lite.passes.memory import MemoryProfile, profile_memory, with_in_flight
-from alpa_lite.passes.methods import Method
-from alpa_lite.passes.pipeline import PlannedStep, Progress, StepArgs
+from alpa_lite.errors import InfeasibleError, SolverTimeoutError, StepError
+from alpa_lite.passes.pipeline import Progress, StepArgs
 from alpa_lite.passes.pipeline_methods import (
-    NO_REMAT,
     ManualPipeline,
     PipelineMethod,
     PipeshardParallel,
     ThreeDParallel,
 )
-from alpa_lite.passes.pipeline_plan import (
-    PipelinePlan,
-    PipelinePredicted,
-    PlannedStage,
-)
-from alpa_lite.passes.plan import Plan
-from alpa_lite.passes.report import assignments_of, make_plan, replan, versions
+from alpa_lite.passes.pipeline_plan import PipelineAlternative
 from alpa_lite.passes.rules import RuleTable
-from alpa_lite.passes.schedules import (
-    BACKWARD,
-    BACKWARD_WEIGHT,
-    FORWARD,
-    Schedule,
-    TaskTimes,
-    Timeline,
-    make_schedule,
-    simulate,
-)
-from alpa_lite.passes.stages.plan_stage import StagePlan, plan_stage, stage_inputs, subcluster
-from alpa_lite.passes.stages.source import CutStep, LayeredStep, cut_step, layer_step
-from alpa_lite.passes.stages.spec import PipelineSpec, StageSpec
-from alpa_lite.passes.stages.stage_cost import StageCost, stage_cost
-from alpa_lite.passes.stages.stage_step import StageStep
-from alpa_lite.passes.stages.transfer_cost import link_bytes, transfer_s
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlannedPipeline:
-    """A pipeline plan together with what the runtime needs to run it.
-
-    Attributes:
-      plan: the reviewable value.
-      source: the step.
-      cut: the step in stages.
-      schedule: the tasks of every mesh.
-      steps: per stage, ports and graph.
-      planned: per stage, plan and layouts.
-      timeline: the simulated step; its order of tasks is the one that is run.
-    """
-
-    plan: PipelinePlan
-    source: LayeredStep
-    cut: CutStep
-    schedule: Schedule
-    steps: tuple[StageStep, ...]
-    planned: tuple[PlannedStep, ...]
-    timeline: Timeline
+from alpa_lite.passes.stages.given_spec import grid_spec, manual_spec
+from alpa_lite.passes.stages.realise import PlannedPipeline as PlannedPipeline
+from alpa_lite.passes.stages.realise import realise
+from alpa_lite.passes.stages.realise import restore_pipeline as restore_pipeline
+from alpa_lite.passes.stages.scan_search import scan_candidates, scan_length
+from alpa_lite.passes.stages.source import layer_step
 
 
 def plan_pipeline(
@@ -101,432 +52,91 @@ def plan_pipeline(
     """
     report = progress or (lambda what, done: None)
     started = time.monotonic()
-    gap, alternatives, notes = 0.0, (), ()
     report(f"tracing {call.name}", 0.0)
-    if isinstance(method, PipeshardParallel):
-        from alpa_lite.passes.stages.search import search_pipeline
-
-        found = search_pipeline(call, method, cluster, table, progress)
-        spec, gap, notes = found.proposals[0].spec, found.gap, found.notes
-        alternatives = found.alternatives
-        source = layer_step(call, spec.num_microbatches, method.layer_num)
-    elif isinstance(method, ThreeDParallel | ManualPipeline):
-        stages = (
-            method.pp * method.num_virtual
-            if isinstance(method, ThreeDParallel)
-            else len(method.layers)
-        )
-        source = layer_step(call, int(method.num_microbatches), method.layer_num, stages, table)
-        spec = (
-            grid_spec(method, source, cluster)
-            if isinstance(method, ThreeDParallel)
-            else manual_spec(method)
-        )
+    if isinstance(method, ThreeDParallel | ManualPipeline):
+        grid = isinstance(method, ThreeDParallel)
+        num_stages = method.pp * method.num_virtual if grid else len(method.layers)
+        source = layer_step(call, int(method.num_microbatches), method.layer_num, num_stages, table)
+        spec = grid_spec(method, source, cluster) if grid else manual_spec(method)
+        found = realise(call.name, source, spec, method, cluster, table, report)
+    elif isinstance(method, PipeshardParallel):
+        length = scan_length(call, table)
+        if length > 1:
+            found = _search_scan(call, method, cluster, table, length, report)
+        else:
+            found = _search_layers(call, method, cluster, table, report)
     else:
         raise TypeError(f"not a pipeline method: {method!r}")
+    report("done", 1.0)
+    return replace(found, plan=replace(found.plan, wall_s=time.monotonic() - started))
+
+
+def _search_layers(
+    call: StepArgs, method: PipeshardParallel, cluster: Cluster, table: RuleTable, report: Progress
+) -> PlannedPipeline:
+    """The best pipeline over layers that stand side by side."""
+    from alpa_lite.passes.stages.search import search_pipeline
+
+    found = search_pipeline(call, method, cluster, table, report)
+    spec = found.proposals[0].spec
+    source = layer_step(call, spec.num_microbatches, method.layer_num)
     pipeline = realise(call.name, source, spec, method, cluster, table, report)
     plan = replace(
-        pipeline.plan, gap=gap, alternatives=alternatives, notes=(*pipeline.plan.notes, *notes),
-        wall_s=time.monotonic() - started,
+        pipeline.plan, gap=found.gap, alternatives=found.alternatives,
+        notes=(*pipeline.plan.notes, *found.notes),
     )  # fmt: skip
-    report("done", 1.0)
     return replace(pipeline, plan=plan)
 
 
-def grid_spec(method: ThreeDParallel, source: LayeredStep, cluster: Cluster) -> PipelineSpec:
-    """Equal stages with equal meshes.
-
-    Raises:
-      PlanError: the grid does not fit the cluster.
-      StepError: fewer layers than stages.
-    """
-    size = method.dp * method.tp
-    if size * method.pp != cluster.num_devices:
-        raise PlanError(
-            f"a grid of dp={method.dp} x tp={method.tp} x pp={method.pp} has {size * method.pp} "
-            f"devices; the cluster has {cluster.num_devices}"
-        )
-    per_host = cluster.devices_per_host
-    if size % per_host and per_host % size:
-        raise PlanError(
-            f"dp x tp = {size} devices of a stage are neither part of a host of {per_host} nor "
-            "whole hosts"
-        )
-    submesh = Submesh(max(1, size // per_host), min(size, per_host))
-    num_stages = method.pp * method.num_virtual
-    graph = source.graph
-    if num_stages > graph.num_layers:
-        raise StepError(
-            f"{num_stages} stages need at least as many layers; the model has {graph.num_layers}. "
-            "Use fewer stages, or a larger layer_num."
-        )
-    shape = tuple(n for n in (method.dp, method.tp) if n > 1) or (1,)
-    remat = NO_REMAT if method.remat == "auto" else method.remat
-    stages = tuple(
-        StageSpec(tuple(layers), submesh, shape, remat)
-        for layers in balanced_stages(graph.flops, num_stages)
-    )
-    schedule = "1f1b" if method.schedule == "auto" else method.schedule
-    return PipelineSpec(stages, source.num_microbatches, schedule, method.num_virtual)
-
-
-def manual_spec(method: ManualPipeline) -> PipelineSpec:
-    """The stages a user gave."""
-    num_stages = len(method.layers)
-    schedule = "1f1b" if method.schedule == "auto" else method.schedule
-    order = make_schedule(
-        schedule, num_stages // method.num_virtual, int(method.num_microbatches),
-        method.num_virtual,
-    ).placements[0]  # fmt: skip
-    shapes = method.mesh_shapes or ()
-
-    def at(entries: Sequence[object], stage: int) -> object:
-        return entries[stage if len(entries) == num_stages else order[stage]]
-
-    remat = NO_REMAT if method.remat == "auto" else method.remat
-    stages = tuple(
-        StageSpec(tuple(layers), Submesh(*at(method.submeshes, i)), at(shapes, i), remat)  # type: ignore[misc, arg-type]
-        for i, layers in enumerate(method.layers)
-    )
-    return PipelineSpec(stages, int(method.num_microbatches), schedule, method.num_virtual)
-
-
-def balanced_stages(flops: Sequence[float], num_stages: int) -> list[range]:
-    """Consecutive ranges of layers, the largest sum as small as possible."""
-    done = np.concatenate([[0.0], np.cumsum(flops)])
-    num = len(flops)
-    best = np.full((num_stages + 1, num + 1), np.inf)
-    cut = np.zeros((num_stages + 1, num + 1), dtype=int)
-    best[0, 0] = 0.0
-    for s in range(1, num_stages + 1):
-        for end in range(s, num + 1):
-            worst = np.maximum(best[s - 1, s - 1 : end], done[end] - done[s - 1 : end])
-            cut[s, end] = s - 1 + int(np.argmin(worst))
-            best[s, end] = worst.min()
-    bounds = [num]
-    for s in range(num_stages, 0, -1):
-        bounds.append(int(cut[s, bounds[-1]]))
-    bounds.reverse()
-    return [range(a, b) for a, b in itertools.pairwise(bounds)]
-
-
-def realise(
-    name: str, source: LayeredStep, spec: PipelineSpec, method: PipelineMethod, cluster: Cluster,
-    table: RuleTable, report: Progress,
+def _search_scan(
+    call: StepArgs, method: PipeshardParallel, cluster: Cluster, table: RuleTable, length: int,
+    report: Progress,
 ) -> PlannedPipeline:  # fmt: skip
-    """Plan every stage of a pipeline, and simulate it.
-
-    Args:
-      name: of the step.
-      source: the step at `spec.num_microbatches`.
-      spec: the pipeline.
-      method: restrictions and options of the layouts.
-      cluster: the hardware.
-      table: sharding rules found so far.
-      report: called with what is being done and the fraction done.
-    """
-    schedule, cut, meshes = lay_out(source, spec, cluster)
-    layouts = _StagePlanner(source, spec, schedule, cut, meshes, method, cluster, table)
-    stages = []
-    for index in range(len(cut.cuts)):
-        report(f"planning stage {index + 1} of {len(cut.cuts)}", (index + 1) / len(cut.cuts))
-        stages.append(layouts.plan(index, name))
-    return assemble(name, source, spec, schedule, cut, meshes, stages, method, cluster)
-
-
-def lay_out(
-    source: LayeredStep, spec: PipelineSpec, cluster: Cluster
-) -> tuple[Schedule, CutStep, tuple[Placement, ...]]:
-    """The tasks, the stages, and where their submeshes lie.
-
-    Raises:
-      PlanError: the submeshes do not fit the cluster, stages that share a submesh differ, or there
-        is no such schedule.
-      StepError: the layers of the stages are not all layers in order.
-    """
-    try:
-        schedule = make_schedule(
-            spec.schedule, spec.num_meshes, spec.num_microbatches, spec.num_virtual
+    """The best pipeline over a scan of layers, of all that are worth planning."""
+    deadline = time.monotonic() + method.time_limit_s
+    best: PlannedPipeline | None = None
+    failure: Exception | None = None
+    tried: list[PipelineAlternative] = []
+    fits: set[tuple[int, int]] = set()
+    latest_s: dict[int, float] = {}
+    settled: set[int] = set()  # numbers of stages for which more microbatches only cost time
+    for spec in scan_candidates(call, method, cluster, length):
+        shape = len(spec.stages), spec.num_microbatches
+        late = best is not None and time.monotonic() > deadline
+        if shape in fits or shape[0] in settled or late:
+            continue
+        what = (
+            f"{shape[0]} stages of {spec.stages[0].submesh}, {shape[1]} microbatches, remat "
+            f"{spec.stages[0].remat}"
         )
-    except ValueError as error:
-        raise PlanError(str(error)) from None
-    counts = Counter(schedule.pipeline_of)
-    shares = [counts[p] / spec.num_microbatches for p in range(len(schedule.placements))]
-    cut = cut_step(source, [s.layers for s in spec.stages], shares)
-    shapes: dict[int, Submesh] = {}
-    for stage, mesh in zip(spec.stages, schedule.placements[0], strict=True):
-        if shapes.setdefault(mesh, stage.submesh) != stage.submesh:
-            raise PlanError(
-                f"stages on mesh {mesh} have submeshes {shapes[mesh]} and {stage.submesh}; stages "
-                "that share a mesh have the same"
-            )
-    in_order = [shapes[m] for m in range(spec.num_meshes)]
-    if len(schedule.placements) > 1 and len({*in_order}) > 1:
-        raise PlanError(
-            f"schedule {spec.schedule} runs every stage on two meshes, so all must have the same "
-            f"shape; found {', '.join(map(str, in_order))}"
+        report(
+            f"planning {what}", min(0.99, 1 - (deadline - time.monotonic()) / method.time_limit_s)
         )
-    try:
-        return schedule, cut, place_submeshes(in_order, cluster.num_hosts, cluster.devices_per_host)
-    except ValueError as error:
-        raise PlanError(str(error)) from None
-
-
-def stages_in_flight(schedule: Schedule) -> tuple[int, ...]:
-    """Per stage of every pipeline, the most microbatches between forward and backward."""
-    num = schedule.num_stages
-    now: Counter[int] = Counter()
-    most: Counter[int] = Counter()
-    ends = (BACKWARD, BACKWARD_WEIGHT)
-    for tasks in schedule.tasks:
-        for task in tasks:
-            index = schedule.pipeline_of[task.microbatch] * num + task.stage
-            if task.kind == FORWARD:
-                now[index] += 1
-                most[index] = max(most[index], now[index])
-            elif task.kind in ends:
-                now[index] -= 1
-    return tuple(max(1, most[i]) for i in range(num * len(schedule.placements)))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Laid:
-    """A stage with its layouts.
-
-    Attributes:
-      step: ports and graph.
-      planned: plan and layouts.
-      cost: seconds and bytes.
-      peak_bytes: per device.
-      mesh: index of the submesh.
-      in_flight: microbatches it holds.
-    """
-
-    step: StageStep
-    planned: PlannedStep
-    cost: StageCost
-    peak_bytes: float
-    mesh: int
-    in_flight: int
-
-
-class _StagePlanner:
-    """Plans stages; those that are alike are planned once."""
-
-    def __init__(
-        self, source: LayeredStep, spec: PipelineSpec, schedule: Schedule, cut: CutStep,
-        meshes: Sequence[Placement], method: PipelineMethod, cluster: Cluster, table: RuleTable,
-    ) -> None:  # fmt: skip
-        self.source, self.spec, self.schedule, self.cut = source, spec, schedule, cut
-        self.meshes, self.method, self.cluster, self.table = meshes, method, cluster, table
-        self.in_flight = stages_in_flight(schedule)
-        self.known: dict[tuple[object, ...], _Laid] = {}
-        homes = [m for placement in schedule.placements for m in placement]
-        self.homes = homes
-        # Stages that share a mesh share its memory.
-        self.shared = Counter(homes)
-
-    def budget_bytes(self, index: int) -> float:
-        """Memory per device that a stage may use."""
-        whole = self.method.memory_budget_bytes or self.cluster.usable_hbm_bytes
-        return float(whole) / self.shared[self.homes[index]]
-
-    def microbatches(self, index: int) -> int:
-        """Microbatches that go through a stage."""
-        pipeline = index // len(self.spec.stages)
-        return sum(p == pipeline for p in self.schedule.pipeline_of)
-
-    def plan(self, index: int, name: str, given: PlannedStage | None = None) -> _Laid:
-        """The layouts of one stage: searched, or those of a plan."""
-        stage = self.spec.stages[index % len(self.spec.stages)]
-        mesh, in_flight = self.homes[index], self.in_flight[index]
-        count = self.microbatches(index)
-        key = (
-            self.cut.signature(index, stage.remat), stage.submesh, stage.mesh_shape, in_flight,
-            self.shared[mesh], count,
-        )  # fmt: skip
-        like = self.known.get(key) if given is None else None
-        step = self.cut.stage(index, stage.remat, like.step if like else None)
-        if like is not None:
-            names = step.traced.graph.input_names
-            specs = dict(zip(names, like.planned.plan.inputs.values(), strict=True))
-            plan = replace(like.planned.plan, name=f"{name}, stage {index}", inputs=specs)
-            return replace(like, step=step, planned=replace(like.planned, plan=plan), mesh=mesh)
-        submesh = subcluster(self.cluster, stage.submesh.num_hosts, stage.submesh.devices_per_host)
-        method = replace(self.method, memory_budget_bytes=self.budget_bytes(index))
-        inputs = stage_inputs(step, count, method, submesh, self.table)
-        if given is None:
-            found = self.search(step, inputs, stage, index)
-            decisions, profile = found.found.decisions, found.found.profile
-            plan = make_plan(
-                f"{name}, stage {index}", graph_hash(step.traced.graph), found.inputs, found.found,
-                (), found.found.wall_s,
-            )  # fmt: skip
-        else:
-            plan, decisions, profile = _restored(step, inputs, in_flight, given.plan)
-        cost = stage_cost(inputs, decisions, profile, in_flight)
-        planned = PlannedStep(plan, decisions, step.output_kinds)
-        laid = _Laid(step, planned, cost, profile.peak_bytes, mesh, in_flight)
-        self.known[key] = laid
-        return laid
-
-    def search(
-        self, step: StageStep, inputs: PlanningInputs, stage: StageSpec, index: int
-    ) -> StagePlan:
-        """The best layouts of a stage."""
-        meshes = None if stage.mesh_shape is None else [_mesh(self.method, stage.mesh_shape)]
+        step_s, reason = None, ""
         try:
-            return plan_stage(step, inputs, self.in_flight[index], meshes, self.method.time_limit_s)
-        except InfeasibleError as error:
-            raise InfeasibleError(
-                f"stage {index} of {len(self.spec.stages)} (layers {stage.layers[0]} to "
-                f"{stage.layers[-1]} on {stage.submesh} devices, {self.in_flight[index]} "
-                f"microbatches in flight): {error} More stages or rematerialisation make stages "
-                "smaller.",
-                need_bytes=error.need_bytes, budget_bytes=error.budget_bytes, row=error.row,
-                breakdown=error.breakdown,
-            ) from None  # fmt: skip
-
-
-def _mesh(method: Method, shape: Sequence[int]) -> Mesh:
-    if isinstance(method, ThreeDParallel):
-        named = tuple((n, s) for n, s in (("dp", method.dp), ("tp", method.tp)) if s > 1)
-        return Mesh(named or (("dp", 1),))
-    return Mesh(tuple((f"x{i}", n) for i, n in enumerate(shape)))
-
-
-def _restored(
-    step: StageStep, inputs: PlanningInputs, in_flight: int, plan: Plan
-) -> tuple[Plan, Decisions, MemoryProfile]:
-    """The layouts of a loaded plan."""
-    c = inputs.contraction
-    inputs = replace(inputs, liveness=with_in_flight(c, inputs.liveness, in_flight))
-    assignments, overridden = assignments_of(plan, c, inputs.classes, graph_hash(step.traced.graph))
-    decisions = decide(c, plan.mesh, assignments)
-    profile = profile_memory(
-        c, inputs.liveness, plan.mesh, decisions.result_specs, decisions.operand_specs
-    )
-    return replan(plan, inputs, decisions, overridden), decisions, profile
-
-
-def restore_pipeline(
-    plan: PipelinePlan, call: StepArgs, method: PipelineMethod, *, table: RuleTable
-) -> PlannedPipeline:
-    """Rebuild the stages and layouts of a loaded plan for a step.
-
-    Raises:
-      PlanError: the plan belongs to another step, or an edit is impossible.
-      InfeasibleError: a stage needs more memory than its own budget.
-    """
-    source = layer_step(
-        call, plan.num_microbatches, plan.layer_num or "auto", plan.num_pieces, table
-    )
-    if source.hash != plan.graph_hash or source.graph.num_layers != plan.num_layers:
-        raise PlanError(
-            f"the plan {plan.name!r} was made for another step: its graph hash is "
-            f"{plan.graph_hash} with {plan.num_layers} layers, this step's is {source.hash} with "
-            f"{source.graph.num_layers}. Shapes, model code, optimizer, versions or "
-            "num_microbatches differ; plan again."
+            source = layer_step(call, shape[1], method.layer_num, shape[0], table)
+            if shape[0] == 1 and source.graph.num_layers > 1:
+                layers = tuple(range(source.graph.num_layers))
+                spec = replace(spec, stages=(replace(spec.stages[0], layers=layers),))
+            found = realise(call.name, source, spec, method, cluster, table, _silent)
+            step_s = found.plan.predicted.step_s
+            fits.add(shape)
+            if step_s > latest_s.get(shape[0], step_s):
+                settled.add(shape[0])
+            latest_s[shape[0]] = step_s
+            if best is None or step_s < best.plan.predicted.step_s:
+                best = found
+        except (InfeasibleError, SolverTimeoutError) as error:
+            failure, reason = failure or error, str(error)
+        tried.append(PipelineAlternative(description=what, step_s=step_s, reason=reason))
+    if best is None:
+        raise failure or StepError(
+            f"no pipeline over the scan of {length} layers: the batch size must be divisible by "
+            "the number of microbatches, and equal submeshes must fill the cluster. Give "
+            "num_microbatches."
         )
-    num = plan.num_virtual * len(plan.meshes)
-    spec = PipelineSpec(
-        tuple(
-            StageSpec(s.layers, plan.meshes[s.mesh].submesh, s.plan.mesh.shape, s.remat)
-            for s in plan.stages[:num]
-        ),
-        plan.num_microbatches, plan.schedule, plan.num_virtual,
-    )  # fmt: skip
-    schedule, cut, _ = lay_out(source, spec, plan.cluster)
-    homes = [m for placement in schedule.placements for m in placement]
-    if homes != [s.mesh for s in plan.stages]:
-        raise PlanError(
-            f"the stages of the plan {plan.name!r} are on meshes {[s.mesh for s in plan.stages]}; "
-            f"schedule {plan.schedule} puts them on {homes}"
-        )
-    layouts = _StagePlanner(source, spec, schedule, cut, plan.meshes, method, plan.cluster, table)
-    stages = [layouts.plan(i, plan.name, given) for i, given in enumerate(plan.stages)]
-    found = assemble(
-        plan.name, source, spec, schedule, cut, plan.meshes, stages, method, plan.cluster
-    )
-    kept = replace(
-        found.plan, method=plan.method, gap=plan.gap, alternatives=plan.alternatives,
-        versions=plan.versions, wall_s=plan.wall_s, notes=plan.notes,
-        memory_budget_bytes=plan.memory_budget_bytes,
-    )  # fmt: skip
-    return replace(found, plan=kept)
+    return replace(best, plan=replace(best.plan, alternatives=tuple(tried)))
 
 
-def assemble(
-    name: str, source: LayeredStep, spec: PipelineSpec, schedule: Schedule, cut: CutStep,
-    meshes: tuple[Placement, ...], stages: Sequence[_Laid], method: PipelineMethod,
-    cluster: Cluster,
-) -> PlannedPipeline:  # fmt: skip
-    """Simulate the stages under the schedule, and write the plan."""
-    times, sent_bytes = task_times(schedule, cut, meshes, stages, cluster)
-    timeline = simulate(schedule, times)
-    num = len(spec.stages)
-    records = tuple(
-        PlannedStage(
-            layers=tuple(spec.stages[i % num].layers), pipeline=i // num, mesh=laid.mesh,
-            remat=spec.stages[i % num].remat, in_flight=laid.in_flight,
-            forward_s=laid.cost.forward_s, backward_s=laid.cost.backward_s,
-            per_step_s=laid.cost.per_step_s,
-            send_s=(*times.forward_transfer_s, 0.0)[i % num],
-            return_s=(0.0, *times.backward_transfer_s)[i % num],
-            peak_bytes=laid.peak_bytes, stash_bytes=laid.cost.stash_bytes,
-            plan=laid.planned.plan,
-        )
-        for i, laid in enumerate(stages)
-    )  # fmt: skip
-    on_mesh = [sum(r.peak_bytes for r in records if r.mesh == m) for m in range(len(meshes))]
-    notes = list(dict.fromkeys([*source.notes, *cut.split.notes]))
-    idle = cluster.num_devices - sum(m.submesh.num_devices for m in meshes)
-    if idle:
-        notes.append(f"{idle} of {cluster.num_devices} devices are idle")
-    notes += dict.fromkeys(n for r in records for n in r.plan.notes)
-    plan = PipelinePlan(
-        name=name, method=method.label, cluster=cluster, graph_hash=source.hash,
-        num_microbatches=spec.num_microbatches, num_layers=source.graph.num_layers,
-        layer_num=0 if method.layer_num == "auto" else int(method.layer_num),
-        num_pieces=source.places.num_pieces,
-        schedule=spec.schedule, num_virtual=spec.num_virtual,
-        memory_budget_bytes=float(method.memory_budget_bytes or cluster.usable_hbm_bytes),
-        meshes=meshes, stages=records,
-        predicted=PipelinePredicted(
-            step_s=timeline.step_s, bubble_share=timeline.bubble_share,
-            peak_bytes=max(on_mesh), transfer_bytes=sent_bytes * spec.num_microbatches,
-        ),
-        notes=tuple(dict.fromkeys(notes)), versions=versions(),
-    )  # fmt: skip
-    return PlannedPipeline(
-        plan, source, cut, schedule, tuple(s.step for s in stages),
-        tuple(s.planned for s in stages), timeline,
-    )  # fmt: skip
-
-
-def task_times(
-    schedule: Schedule, cut: CutStep, meshes: Sequence[Placement], stages: Sequence[_Laid],
-    cluster: Cluster,
-) -> tuple[TaskTimes, float]:  # fmt: skip
-    """Seconds of all tasks and transfers, and bytes sent between meshes per microbatch."""
-    num = schedule.num_stages
-    first = stages[:num]
-    home = schedule.placements[0]
-    forward, backward, total = [], [], 0.0
-    for i in range(num - 1):
-        there, back = link_bytes(cut, i)
-        total += (there + back) * (home[i] != home[i + 1])
-        forward.append(transfer_s(there, meshes[home[i]], meshes[home[i + 1]], cluster))
-        backward.append(transfer_s(back, meshes[home[i + 1]], meshes[home[i]], cluster))
-    tails = [0.0] * len(meshes)
-    for laid in stages:
-        tails[laid.mesh] += laid.cost.per_step_s
-    times = TaskTimes(
-        forward_s=tuple(s.cost.forward_s for s in first),
-        backward_s=tuple(s.cost.backward_s for s in first),
-        backward_input_s=tuple(s.cost.backward_input_s for s in first),
-        backward_weight_s=tuple(s.cost.backward_weight_s for s in first),
-        forward_transfer_s=tuple(forward), backward_transfer_s=tuple(backward),
-        tail_s=tuple(tails),
-    )  # fmt: skip
-    return times, total
+def _silent(what: str, done: float) -> None:
+    """A progress report that nobody reads."""
