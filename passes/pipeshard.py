@@ -53,12 +53,15 @@ def plan_pipeline(
     report = progress or (lambda what, done: None)
     started = time.monotonic()
     report(f"tracing {call.name}", 0.0)
-    if isinstance(method, ThreeDParallel | ManualPipeline):
-        grid = isinstance(method, ThreeDParallel)
-        num_stages = method.pp * method.num_virtual if grid else len(method.layers)
+    if isinstance(method, ThreeDParallel):
+        num_stages = method.pp * method.num_virtual
         source = layer_step(call, int(method.num_microbatches), method.layer_num, num_stages, table)
-        spec = grid_spec(method, source, cluster) if grid else manual_spec(method)
+        spec = grid_spec(method, source, cluster)
         found = realise(call.name, source, spec, method, cluster, table, report)
+    elif isinstance(method, ManualPipeline):
+        num_stages = len(method.layers)
+        source = layer_step(call, int(method.num_microbatches), method.layer_num, num_stages, table)
+        found = realise(call.name, source, manual_spec(method), method, cluster, table, report)
     elif isinstance(method, PipeshardParallel):
         length = scan_length(call, table)
         if length > 1:

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alpa_lite.errors import PlanError
 from alpa_lite.passes.stages.split_scan import SplitStep
+from alpa_lite.runtime.arrays import absent, is_local
 
 STAGE_AXIS = "pp"
 
@@ -161,7 +162,7 @@ class LeafMap:
             return results[place.positions[0]]
         pieces = [results[p] for p in place.positions]
         if output not in self._outputs:  # not a state leaf: as the stages made it
-            shardings = [x.sharding for x in pieces]
+            shardings = [x.sharding for x in pieces if isinstance(x.sharding, NamedSharding)]
             self._outputs[output] = stacked_layout(
                 f"output {output}", self._output_shapes[output], place.dim, shardings
             )
@@ -171,6 +172,8 @@ class LeafMap:
 def _relaid(x: jax.Array, source: NamedSharding, target: NamedSharding) -> jax.Array:
     if source is target or source.is_equivalent_to(target, x.ndim):
         return x
+    if not is_local(target):
+        return absent(x, target)
     return _mover(target)(x)
 
 
