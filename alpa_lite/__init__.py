@@ -25,4 +25,6 @@ from alpa_lite.passes.pipeline_plan import load_plan as load_plan
 from alpa_lite.passes.plan import Plan as Plan
 from alpa_lite.passes.rules import register_sharding_rule as register_sharding_rule
 from alpa_lite.runtime.calibrate import calibrate as calibrate
+from alpa_lite.runtime.fetch import fetch as fetch
+from alpa_lite.runtime.group import distributed_initialize as distributed_initialize
 from alpa_lite.version import __version__ as __version__

@@ -18,9 +18,11 @@ from alpa_lite.passes.pipeline_plan import PipelinePlan
 from alpa_lite.passes.pipeshard import PlannedPipeline, plan_pipeline, restore_pipeline
 from alpa_lite.passes.plan import Plan
 from alpa_lite.passes.rules import RuleTable
+from alpa_lite.runtime.agreement import agreed, plan_facts, plan_once
 from alpa_lite.runtime.arguments import OwnResults, refuse_traced
 from alpa_lite.runtime.calling import Argnums, BoundCall, bind_call, signature_of
 from alpa_lite.runtime.cluster import attached_cluster
+from alpa_lite.runtime.group import process_group
 from alpa_lite.runtime.lower import Executable, device_mesh, lower_step, sharding
 from alpa_lite.runtime.pipeline import (
     PipelineExecutable,
@@ -45,6 +47,11 @@ def parallelize(
     The step is an ordinary `step(state, batch, ...) -> (state, aux)` over pytrees. Calling the
     decorated function plans and compiles on first use, then runs; results equal the undecorated
     step's.
+
+    In several processes (`alpa_lite.distributed_initialize`) all of them make the same calls with
+    the same arguments: the state as `init` or the latest call returned it, the whole batch as numpy
+    arrays. Process 0 plans. What a process returns is on its own devices; `alpa_lite.fetch` brings
+    values everywhere.
 
     Argument numbers are those of `jax.jit`: positions in the signature, negative ones from the last
     argument passed. A method is wrapped once it is bound: `self.step = parallelize(self.step)`.
@@ -257,14 +264,34 @@ class ParallelStep:
     ) -> PlannedStep | PlannedPipeline:
         method, given, table = self._method, self._given_plan, self._rules
         if isinstance(given, PipelinePlan):
-            staged = method if isinstance(method, PipelineMethod) else PipelineMethod()
-            return restore_pipeline(given, step, staged, table=table)
+            return self._make_pipeline(step, progress)
         if given is not None:
             return restore(given, step, method, table=table)
-        cluster = self._cluster or attached_cluster()
         if isinstance(method, PipelineMethod):
-            return plan_pipeline(step, method, cluster, table=table, progress=progress)
+            return self._make_pipeline(step, progress)
+        cluster = self._cluster or attached_cluster()
         return plan_step(step, method, cluster, table=table, progress=progress)
+
+    def _make_pipeline(self, step: StepArgs, progress: Progress | None) -> PlannedPipeline:
+        """In several processes: planned by one of them, and compared."""
+        method = self._method if isinstance(self._method, PipelineMethod) else PipelineMethod()
+        given, table, group = self._given_plan, self._rules, process_group()
+
+        def search() -> PlannedPipeline:
+            cluster = self._cluster or attached_cluster()
+            return plan_pipeline(step, method, cluster, table=table, progress=progress)
+
+        def rebuild(plan: PipelinePlan) -> PlannedPipeline:
+            return restore_pipeline(plan, step, method, table=table)
+
+        def make() -> PlannedPipeline:
+            if isinstance(given, PipelinePlan):
+                return rebuild(given)
+            return search() if group is None else plan_once(group, search, rebuild)
+
+        if group is None:
+            return make()
+        return agreed(group, f"planning {step.name}", make, lambda made: plan_facts(made.plan))
 
     def _step_args(self, call: BoundCall) -> StepArgs:
         """The step with static arguments bound, and positions among the dynamic ones."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax._src import array as jax_array
 from jax._src import distributed, xla_bridge
 from jax._src.lib import xla_client
 from jax.extend import core as jex_core
@@ -168,6 +169,19 @@ def _has_user_frame(info: Any) -> bool:
     return not all(map(_LIBRARY_FRAME.match, frames))
 
 
+@contextlib.contextmanager
+def numbered_scope(number: int) -> Iterator[None]:
+    """Within the block, the innermost name scope has a number: `layers[0]`."""
+    stack = source_info_util.current_name_stack()
+    name = str(stack[-1:])
+    if not name or name.endswith("()"):  # no scope, or that of a transformation
+        numbered = stack.extend(f"piece[{number}]")
+    else:
+        numbered = stack[:-1].extend(f"{name}[{number}]")
+    with source_info_util.set_name_stack(numbered):
+        yield
+
+
 def bind_equation(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     """Results of an equation's primitive for other operands, where the caller stands."""
     results = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
@@ -258,6 +272,14 @@ def _can_copy_directly() -> bool:
         return False
 
 
+def make_absent(shape: Sequence[int], dtype: Any, weak_type: bool, sharding: Sharding) -> jax.Array:
+    """An array of which this process has no part; only JAX's own class makes a weak one."""
+    if not weak_type:
+        return jax.make_array_from_single_device_arrays(tuple(shape), sharding, [], dtype=dtype)
+    aval = jax.core.ShapedArray(tuple(shape), dtype, weak_type=True)
+    return jax_array.ArrayImpl(aval, sharding, [], committed=True, _skip_checks=True)
+
+
 class KeyValueStore:
     """The strings that the processes of `jax.distributed` share.
 
@@ -275,14 +297,25 @@ class KeyValueStore:
         """Store a value, over an older one if there is one."""
         self._client.key_value_set(key, value, allow_overwrite=True)
 
+    def set_bytes(self, key: str, value: bytes) -> None:
+        """The same for bytes."""
+        self._client.key_value_set_bytes(key, value, allow_overwrite=True)
+
     def get(self, key: str, timeout_s: float) -> str:
         """A value, waited for if it is not there.
 
         Raises:
           TimeoutError: it did not come in time.
         """
+        return self._wait(self._client.blocking_key_value_get, key, timeout_s)
+
+    def get_bytes(self, key: str, timeout_s: float) -> bytes:
+        """The same for bytes."""
+        return self._wait(self._client.blocking_key_value_get_bytes, key, timeout_s)
+
+    def _wait(self, get: Callable[[str, int], Any], key: str, timeout_s: float) -> Any:
         try:
-            return self._client.blocking_key_value_get(key, int(1000 * timeout_s))
+            return get(key, int(1000 * timeout_s))
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise

@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from alpa_lite.runtime.arrays import own_copy, put
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Inputs:
@@ -137,7 +139,13 @@ def _place(inputs: Inputs, position: int, x: Any) -> Any:
         x = np.asarray(x, aval.dtype)
     elif x.committed and (x.sharding is wanted or x.sharding.is_equivalent_to(wanted, x.ndim)):
         return x
-    moved = jax.device_put(x, wanted)
+    try:
+        moved = put(x, wanted)
+    except ValueError as error:
+        raise ValueError(
+            f"{inputs.names[position]}: {error}. Pass what `init` or the latest call returned, or "
+            "the same numpy array in every process."
+        ) from None
     if isinstance(moved, jax.core.Tracer):
         raise _traced(inputs.names[position], "a compiled step")
     return moved
@@ -149,7 +157,7 @@ def _separate(inputs: Inputs, group: Sequence[int], placed: list[Any]) -> None:
     for i in sorted(group, key=inputs.donated.__contains__):
         buffers = _buffers(placed[i])
         if i in inputs.donated and not taken.isdisjoint(buffers):
-            placed[i] = jax.device_put(placed[i], inputs.shardings[i], may_alias=False)
+            placed[i] = own_copy(placed[i])
         else:
             taken |= buffers
 

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
 from alpa_lite.passes.pipeline import PlannedStep
 from alpa_lite.passes.program import FlatOp
+from alpa_lite.runtime.arrays import is_local
 from alpa_lite.runtime.crossings import Border, border_of, find_crossings
 from alpa_lite.runtime.interpreter import Env, Interpreter, Key
 from alpa_lite.runtime.lower import as_traced, compile_local
@@ -70,7 +71,8 @@ class PhaseProgram:
       donated: positions of arguments whose buffers the results take over.
       in_shardings, out_shardings: layouts of arguments and results.
       in_avals, out_avals: their shapes and dtypes; a pending sum has one more dim in front.
-      compiled: takes arrays and returns a tuple of arrays.
+      compiled: takes arrays and returns a tuple of arrays; None if this process has none of the
+        devices.
     """
 
     name: str
@@ -121,7 +123,7 @@ def compile_phases(
     update_rounds: Sequence[Collection[int]] | None = None, late_inputs: Collection[int] = (),
     donate: Collection[int] | None = None,
 ) -> PhasePrograms:  # fmt: skip
-    """Compile a planned step as several programs.
+    """Compile a planned step as several programs, or describe them if others run them.
 
     Args:
       planned: plan and layouts.
@@ -348,7 +350,9 @@ class _Builder:
         avals = [b.aval(mesh) for b in ins]
         in_shardings = tuple(map(self.sharding, ins))
         out_shardings = tuple(map(self.sharding, outs))
-        compiled = compile_local(local, self.mesh, avals, in_shardings, out_shardings, donated)
+        compiled = None
+        if is_local(self.mesh):
+            compiled = compile_local(local, self.mesh, avals, in_shardings, out_shardings, donated)
         return PhaseProgram(
             segment.name, tuple(draft.inputs), tuple(draft.outputs), frozenset(donated),
             in_shardings, out_shardings, tuple(avals), tuple(b.aval(mesh) for b in outs), compiled,

@@ -3,12 +3,12 @@
 In: a `PlannedPipeline` and devices. Out: one program per stage and kind of task, compiled for the
 stage's own devices, and one list of instructions that calls them. Calls return at once; JAX runs
 them when their inputs are there, so the order of the list is the order of every mesh, and nothing
-waits on the host.
+waits on the host. In several processes every one compiles and runs its part of the same list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,17 +25,20 @@ from alpa_lite.passes.pipeshard import PlannedPipeline
 from alpa_lite.passes.schedules import programs as task_kinds
 from alpa_lite.passes.schedules.task import BACKWARD_INPUT
 from alpa_lite.passes.stages.stage_step import update_rounds
+from alpa_lite.runtime.agreement import agreed, plan_facts
 from alpa_lite.runtime.arguments import Inputs, OwnResults, find_rivals, leaf_aval, place
-from alpa_lite.runtime.instructions import Instruction, PipelineProgram
+from alpa_lite.runtime.arrays import absent, is_local, put, put_all
+from alpa_lite.runtime.group import process_group
+from alpa_lite.runtime.instructions import RUN, Instruction, PipelineProgram, digests, own_part
 from alpa_lite.runtime.lower import device_mesh
+from alpa_lite.runtime.moves import Mover
 from alpa_lite.runtime.phases import PhasePrograms, compile_phases
 from alpa_lite.runtime.pipeline_program import (
     arrival_rounds,
     build_program,
-    state_sharding,
+    state_type,
 )
 from alpa_lite.runtime.stacked import LeafMap
-from alpa_lite.runtime.transfer import plan_transfer
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -45,8 +48,10 @@ class PipelineExecutable:
     Attributes:
       pipeline: what was planned.
       meshes: devices of each stage, as its logical mesh.
-      stages: compiled programs of each stage.
-      program: the instructions.
+      stages: programs of each stage, compiled if this process has devices of it.
+      program: the instructions of this process.
+      joins: of the outputs that come in rows of microbatches, what puts them together.
+      absent: the outputs on devices of other processes.
       leaves: from the leaves a user has to those of the stages, and back.
       inputs: input leaves that are no batch leaves.
       positions: of those leaves among all.
@@ -60,6 +65,8 @@ class PipelineExecutable:
     meshes: tuple[jax.sharding.Mesh, ...]
     stages: tuple[PhasePrograms, ...]
     program: PipelineProgram
+    joins: Mapping[int, Callable[..., jax.Array]]
+    absent: Mapping[int, jax.Array]
     leaves: LeafMap
     inputs: Inputs
     positions: tuple[int, ...]
@@ -101,7 +108,7 @@ class PipelineExecutable:
     def enter(self, leaves: Sequence[Any]) -> list[Any]:
         """The slots before the first instruction."""
         program = self.program
-        slots: list[Any] = [None] * program.num_slots
+        slots: list[Any] = [None] * len(program.types)
         placed = place(self.inputs, [leaves[p] for p in self.positions], self.own)
         by_position: dict[int, jax.Array] = {}
         for leaf, x in zip(self.positions, placed, strict=True):
@@ -121,7 +128,7 @@ class PipelineExecutable:
             values.append(_rows(batches[position], microbatch, self.plan.num_microbatches))
             shardings.append(sharding)
             targets.append(slot)
-        for slot, x in zip(targets, jax.device_put(values, shardings), strict=True):
+        for slot, x in zip(targets, put_all(values, shardings), strict=True):
             slots[slot] = x
         for slot, x in self.indices:
             slots[slot] = x
@@ -130,8 +137,12 @@ class PipelineExecutable:
     def leave(self, slots: Sequence[Any]) -> Any:
         """The result of the step, from the slots after the last instruction."""
         made = [
-            slots[out] if isinstance(out, int) else _join([slots[s] for s in out])
-            for out in self.program.outputs
+            slots[out]
+            if isinstance(out, int)
+            else self.joins[i](*[slots[s] for s in out])
+            if out
+            else self.absent[i]
+            for i, out in enumerate(self.program.outputs)
         ]
         results = self.leaves.join(made)
         self.own.replace(results)
@@ -140,14 +151,15 @@ class PipelineExecutable:
 
 def execute(instruction: Instruction, slots: list[Any]) -> None:
     """Start one instruction."""
+    assert instruction.call is not None
     results = instruction.call(*[slots[s] for s in instruction.reads])
     for slot in instruction.frees:
         slots[slot] = None
-    if instruction.kind == "move":
-        slots[instruction.writes[0]] = results
-    else:
+    if instruction.kind == RUN:
         for slot, x in zip(instruction.writes, results, strict=True):
             slots[slot] = x
+    elif instruction.writes:
+        slots[instruction.writes[0]] = results
 
 
 def compile_pipeline(
@@ -156,6 +168,8 @@ def compile_pipeline(
 ) -> PipelineExecutable:  # fmt: skip
     """Compile a planned pipeline.
 
+    In several processes all of them call this; each compiles the stages of which it has devices.
+
     Args:
       pipeline: plan, stages and layouts.
       full_avals: shape, dtype and weak type of every input leaf, at the full batch size.
@@ -163,9 +177,26 @@ def compile_pipeline(
       own: where programs that hand on one state keep which arrays they returned.
 
     Raises:
-      PlanError: the plan needs more devices.
+      PlanError: the plan needs more devices, or the processes have different plans.
     """
     meshes = stage_meshes(pipeline, devices)
+    group = process_group()
+    if group is None or all(is_local(d) for mesh in meshes for d in mesh.devices.flat):
+        return _compile(pipeline, meshes, full_avals, Mover(), own)[0]
+    mover = Mover(group.transport())
+    return agreed(
+        group,
+        f"compiling {pipeline.plan.name}",
+        lambda: _compile(pipeline, meshes, full_avals, mover, own),
+        lambda made: {**plan_facts(pipeline.plan), **digests(made[1])},
+    )[0]
+
+
+def _compile(
+    pipeline: PlannedPipeline, meshes: Sequence[jax.sharding.Mesh], full_avals: Sequence[Any],
+    mover: Mover, own: OwnResults | None,
+) -> tuple[PipelineExecutable, PipelineProgram]:  # fmt: skip
+    """The part of this process, and the instructions of all of them."""
     arrivals = arrival_rounds(pipeline)
     num = pipeline.schedule.num_stages
     kinds = task_kinds(pipeline.schedule)
@@ -181,7 +212,9 @@ def compile_pipeline(
                 late_inputs=[i for i, p in enumerate(step.inputs) if p.kind == "cotangent"],
             )
         )  # fmt: skip
-    program = build_program(pipeline, stages, meshes, make_move)
+    program = build_program(pipeline, stages, meshes, mover)
+    of_plan = {s.mesh: mesh for s, mesh in zip(pipeline.plan.stages, meshes, strict=True)}
+    part = own_part(program, [of_plan[i] for i in range(len(of_plan))])
     source = pipeline.source
     leaves = leaf_map(pipeline, meshes)
     places, names = source.places.inputs, source.traced.graph.input_names
@@ -209,12 +242,16 @@ def compile_pipeline(
         tuple(names[p] for p in positions), chosen, shardings, donated,
         find_rivals(chosen, shardings, donated),
     )  # fmt: skip
-    return PipelineExecutable(
-        pipeline, tuple(meshes), tuple(stages), program, leaves, inputs, positions,
+    results = list(zip(part.outputs, part.results, strict=True))
+    joins = {i: _joiner(s) for i, (out, (_, s)) in enumerate(results) if isinstance(out, tuple)}
+    elsewhere = {i: absent(aval, s) for i, (out, (aval, s)) in enumerate(results) if out == ()}
+    executable = PipelineExecutable(
+        pipeline, tuple(meshes), tuple(stages), part, joins, elsewhere, leaves, inputs, positions,
         tuple((p, names[p], avals[p]) for p in sorted(rows)),
-        tuple((slot, jax.device_put(np.int32(m), s)) for m, s, slot in program.indices),
+        tuple((slot, put(np.int32(m), s)) for m, s, slot in part.indices),
         source.traced.in_tree, source.traced.out_tree, own or OwnResults(),
     )  # fmt: skip
+    return executable, program
 
 
 def state_shardings(
@@ -222,7 +259,7 @@ def state_shardings(
 ) -> dict[int, NamedSharding]:
     """Layout of every state leaf, by position among the input leaves."""
     return {
-        position: state_sharding(pipeline, meshes[home], home, position)
+        position: state_type(pipeline, meshes[home], home, position)[1]
         for position, home in enumerate(pipeline.cut.split.input_homes)
         if home is not None
     }
@@ -262,21 +299,26 @@ def init_on_meshes(
 
     Args:
       init_fn: returns a pytree of arrays.
-      args: its arguments.
+      args: its arguments, in several processes the same in all of them.
       shardings: of the leaves; every mesh runs what makes its own.
     """
-    tree = jax.tree.structure(jax.eval_shape(init_fn, *args))
+    avals, tree = jax.tree.flatten(jax.eval_shape(init_fn, *args))
     groups: dict[jax.sharding.Mesh, list[int]] = {}
     for i, each in enumerate(shardings):
         groups.setdefault(each.mesh, []).append(i)  # type: ignore[arg-type]
     leaves: list[Any] = [None] * len(shardings)
     for mesh, chosen in groups.items():
+        if not is_local(mesh):
+            for i in chosen:
+                leaves[i] = absent(avals[i], shardings[i])
+            continue
 
         def some(*values: Any, chosen: Sequence[int] = chosen) -> list[Any]:
             found = jax.tree.leaves(init_fn(*values))
             return [found[i] for i in chosen]
 
-        given = jax.device_put(tuple(args), NamedSharding(mesh, PartitionSpec()))
+        replicated = NamedSharding(mesh, PartitionSpec())
+        given = jax.tree.map(lambda x, to=replicated: put(x, to), tuple(args))
         made = jax.jit(some, out_shardings=[shardings[i] for i in chosen])(*given)
         for i, x in zip(chosen, made, strict=True):
             leaves[i] = x
@@ -316,35 +358,20 @@ def placed_devices(
     return [devices[h * devices_per_host + d] for h in placement.hosts for d in placement.devices]
 
 
-def make_move(aval: Any, source: NamedSharding, target: NamedSharding) -> Callable[[Any], Any]:
-    """How a value goes from one mesh to another, enqueued; its result shares no memory with it."""
-    if source.device_set & target.device_set:
-        return jax.jit(lambda x: x, in_shardings=source, out_shardings=target, keep_unused=True)
-    if not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        return plan_transfer(aval, source, target).start
-    data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(aval.shape, aval.dtype))
-    more = len(data.shape) - len(aval.shape)
-
-    def with_data(s: NamedSharding) -> NamedSharding:
-        dims = tuple(s.spec) + (None,) * (len(aval.shape) - len(s.spec) + more)
-        return NamedSharding(s.mesh, PartitionSpec(*dims))
-
-    moved = plan_transfer(data, with_data(source), with_data(target))
-    unwrap = jax.jit(jax.random.key_data, out_shardings=moved.source)
-    implementation = aval.dtype._impl.name
-    wrap = jax.jit(lambda x: jax.random.wrap_key_data(x, impl=implementation), out_shardings=target)
-    return lambda keys: wrap(moved.start(unwrap(keys)))
-
-
 def _checked(leaf: Any, name: str, aval: Any) -> Any:
     """A batch leaf of the right type.
 
     Raises:
       TypeError: it has another shape or dtype.
-      ValueError: it was deleted.
+      ValueError: it was deleted, or lies on devices of other processes.
     """
     if isinstance(leaf, jax.Array) and leaf.is_deleted():
         raise ValueError(f"batch leaf {name} was deleted; pass an array that is alive")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise ValueError(
+            f"batch leaf {name} lies on devices of other processes. Pass the whole batch as numpy "
+            "arrays in every process; only rows of stages that are here are read."
+        )
     found = leaf_aval(leaf, name)
     if found.shape != aval.shape or found.dtype != aval.dtype:
         raise TypeError(
@@ -360,6 +387,10 @@ def _rows(leaf: Any, microbatch: int, count: int) -> Any:
     return leaf[microbatch * size : (microbatch + 1) * size]
 
 
-def _join(parts: Sequence[jax.Array]) -> jax.Array:
-    """Per-example outputs of all microbatches, in the order of the batch."""
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+def _joiner(sharding: NamedSharding) -> Callable[..., jax.Array]:
+    """Puts a per-example output of all microbatches together, in the order of the batch."""
+
+    def join(*parts: jax.Array) -> jax.Array:
+        return jnp.concatenate(parts)
+
+    return jax.jit(join, out_shardings=sharding)

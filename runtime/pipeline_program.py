@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from alpa_lite.passes.pipeshard import PlannedPipeline
 from alpa_lite.passes.schedules import Task, global_order
@@ -28,6 +29,7 @@ from alpa_lite.runtime.instructions import (
     with_frees,
 )
 from alpa_lite.runtime.lower import sharding
+from alpa_lite.runtime.moves import Move
 from alpa_lite.runtime.phases import (
     ACCUMULATOR,
     BATCH,
@@ -42,25 +44,29 @@ from alpa_lite.runtime.phases import (
     Slot,
 )
 
+INDEX_TYPE = jax.ShapeDtypeStruct((), jnp.int32)
+"""Of the number of a microbatch."""
+
 Key = Hashable
 """What a slot holds: see `_Builder`."""
 
 
-Move = Callable[[Any, Any, Any], Callable[[jax.Array], jax.Array]]
-"""(shape and dtype, source sharding, target sharding) -> asynchronous move."""
+MakeMove = Callable[[Any, Any, Any], Move]
+"""(shape and dtype, source sharding, target sharding) -> this process's part in the move."""
 
 
 def build_program(
     pipeline: PlannedPipeline, stages: Sequence[PhasePrograms],
-    meshes: Sequence[jax.sharding.Mesh], make_move: Move,
+    meshes: Sequence[jax.sharding.Mesh], make_move: MakeMove,
 ) -> PipelineProgram:  # fmt: skip
-    """Put the programs of all stages in order.
+    """Put the programs of all stages in order; `own_part` is what this process runs of it.
 
     Args:
       pipeline: what was planned.
-      stages: compiled programs, per stage.
+      stages: programs, per stage; compiled if this process has devices of the stage.
       meshes: devices of each stage.
-      make_move: plans how a value moves between meshes.
+      make_move: plans how a value moves between meshes; called for the same values in the same
+        order in every process.
 
     Raises:
       AssertionError: the instructions are wrong: see `verify_program`.
@@ -116,20 +122,24 @@ class _Builder:
     pipeline: PlannedPipeline
     stages: Sequence[PhasePrograms]
     meshes: Sequence[jax.sharding.Mesh]
-    make_move: Move
+    make_move: MakeMove
     slots: dict[Key, int] = field(default_factory=dict)
+    types: list[tuple[Any, Any]] = field(default_factory=list)  # (type, sharding) per slot
     instructions: list[Instruction] = field(default_factory=list)
     arguments: list[tuple[int, Any, int]] = field(default_factory=list)
     rows: list[tuple[int, int, Any, int]] = field(default_factory=list)
     indices: dict[tuple[int, Any], int] = field(default_factory=dict)
     versions: dict[Key, int] = field(default_factory=lambda: defaultdict(int))
-    moves: dict[Any, Callable[[jax.Array], jax.Array]] = field(default_factory=dict)
-    count: int = 0
+    moves: dict[Any, Move] = field(default_factory=dict)
 
     def build(self) -> PipelineProgram:
         pipeline = self.pipeline
         homes = pipeline.cut.split.input_homes
-        state = {p: self.new(("state", p)) for p, home in enumerate(homes) if home is not None}
+        state = {
+            p: self.new(("state", p), *state_type(pipeline, self.meshes[home], home, p))
+            for p, home in enumerate(homes)
+            if home is not None
+        }
         for stage in range(len(self.stages)):
             self.enter(stage)
         for stage, programs in enumerate(self.stages):
@@ -149,17 +159,18 @@ class _Builder:
         outputs = self.outputs()
         kept = {s for out in outputs for s in ((out,) if isinstance(out, int) else out)}
         return PipelineProgram(
-            with_frees(self.instructions, kept, self.count), self.count, state,
+            with_frees(self.instructions, kept), tuple(self.types), state,
             tuple(self.arguments), tuple(self.rows),
             tuple((m, sharding, slot) for (m, sharding), slot in self.indices.items()), outputs,
+            tuple(map(self.result, outputs)),
         )  # fmt: skip
 
     # Slots.
 
-    def new(self, key: Key) -> int:
+    def new(self, key: Key, aval: Any, sharding: Any) -> int:
         """A slot for a key; the latest one if there are several."""
-        self.slots[key] = self.count
-        self.count += 1
+        self.slots[key] = len(self.types)
+        self.types.append((aval, sharding))
         return self.slots[key]
 
     def mesh_of(self, stage: int) -> int:
@@ -188,10 +199,10 @@ class _Builder:
                 aval, sharding = found
                 home = split.input_homes[port.position]
                 if home is None:
-                    slot = self.new(("input", stage, position))
+                    slot = self.new(("input", stage, position), aval, sharding)
                     self.arguments.append((port.position, sharding, slot))
                 else:
-                    source = state_sharding(self.pipeline, self.meshes[home], home, port.position)
+                    _, source = self.types[self.slots["state", port.position]]
                     self.move(
                         ("state", port.position), ("input", stage, position), aval, source,
                         sharding, home, stage, f"input to stage {stage}",
@@ -201,7 +212,7 @@ class _Builder:
                 if found is None:
                     continue
                 for m in self.microbatches(stage):
-                    slot = self.new(("row", stage, position, m))
+                    slot = self.new(("row", stage, position, m), *found)
                     self.rows.append((port.position, m, found[1], slot))
 
     def microbatches(self, stage: int) -> list[int]:
@@ -221,7 +232,12 @@ class _Builder:
             self.read(stage, slot, microbatch, sharding)
             for slot, sharding in zip(program.inputs, program.in_shardings, strict=True)
         ]
-        writes = [self.write(stage, slot, microbatch) for slot in program.outputs]
+        writes = [
+            self.new(self.key(stage, slot, microbatch), aval, sharding)
+            for slot, aval, sharding in zip(
+                program.outputs, program.out_avals, program.out_shardings, strict=True
+            )
+        ]
         donates = tuple(reads[i] for i in sorted(program.donated))
         mesh = self.mesh_of(stage)
         self.instructions.append(
@@ -237,7 +253,7 @@ class _Builder:
         if slot.kind == INDEX:
             key = (microbatch or 0, sharding)
             if key not in self.indices:
-                self.indices[key] = self.new(("index", *key))
+                self.indices[key] = self.new(("index", *key), INDEX_TYPE, sharding)
             return self.indices[key]
         if slot.kind == BATCH:
             return self.slots["row", stage, slot.number, self.only(stage, microbatch)]
@@ -251,9 +267,6 @@ class _Builder:
             return microbatch
         (found,) = self.microbatches(stage)
         return found
-
-    def write(self, stage: int, slot: Slot, microbatch: int | None) -> int:
-        return self.new(self.key(stage, slot, microbatch))
 
     def key(self, stage: int, slot: Slot, microbatch: int | None) -> Key:
         if slot.kind in (ACCUMULATOR, INVARIANT, OUTPUT):
@@ -272,8 +285,8 @@ class _Builder:
         reads = (self.slots[source_key],)
         self.instructions.append(
             Instruction(
-                MOVE, name, self.mesh_of(source_stage), self.mesh_of(target_stage),
-                self.moves[signature], reads, (self.new(target_key),), (), (),
+                MOVE, name, self.mesh_of(source_stage), self.mesh_of(target_stage), None, reads,
+                (self.new(target_key, aval, target),), (), (), move=self.moves[signature],
             )
         )  # fmt: skip
 
@@ -403,6 +416,16 @@ class _Builder:
             found[output] = tuple(parts[m] for m in sorted(parts))
         return tuple(found[i] for i in range(len(found)))
 
+    def result(self, output: int | tuple[int, ...]) -> tuple[Any, Any]:
+        """(type, sharding) of an output."""
+        if isinstance(output, int):
+            return self.types[output]
+        aval, sharding = self.types[output[0]]
+        if len(output) == 1:
+            return aval, sharding
+        rows = sum(self.types[slot][0].shape[0] for slot in output)
+        return jax.ShapeDtypeStruct((rows, *aval.shape[1:]), aval.dtype), sharding
+
     def collect_rows(self, stage: int, position: int, output: int, rows: dict[int, int]) -> None:
         """Slots of a per-example output by microbatch, all on the mesh that returns it."""
         home = self.pipeline.cut.split.output_homes[output]
@@ -446,10 +469,11 @@ def input_sharding(
     return sharding(mesh, decisions.result_specs[link][0])
 
 
-def state_sharding(
+def state_type(
     pipeline: PlannedPipeline, mesh: jax.sharding.Mesh, stage: int, position: int
-) -> Any:
-    """How a state leaf of the step lies on the devices of the stage where it lives."""
-    ports = pipeline.steps[stage].inputs
-    at = next(i for i, p in enumerate(ports) if p.kind == "state" and p.position == position)
-    return input_sharding(pipeline, mesh, stage, at)
+) -> tuple[Any, Any]:
+    """(type, sharding) of a state leaf of the step on the devices of the stage where it lives."""
+    step = pipeline.steps[stage]
+    at = next(i for i, p in enumerate(step.inputs) if p.kind == "state" and p.position == position)
+    graph = step.traced.graph
+    return graph.values[graph.inputs[at]].aval, input_sharding(pipeline, mesh, stage, at)

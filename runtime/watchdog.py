@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
+from typing import NoReturn
 
 from alpa_lite.compat import KeyValueStore, distributed_process
 from alpa_lite.runtime.distributed import own_address
@@ -109,14 +110,24 @@ class Watchdog:
         if code is None or code == 0:
             self.close()
             return
-        # The interpreter's own way out is no way: JAX waits there for the others, which wait too.
         sys.excepthook(kind, error, trace)
+        self.fail(f"{kind.__name__}: {error}", code if isinstance(code, int) else 1)
+
+    def fail(self, text: str, code: int = 1) -> NoReturn:
+        """End this process, and with it the others.
+
+        The interpreter's own way out is no way: JAX waits there for the others, which wait too.
+
+        Args:
+          text: what they say of it.
+          code: of this process.
+        """
         if self._over.wait(_LINGER_S):  # another process is to blame, and the thread ends this one
             self._thread.join()
             code = LOST_CODE
         self._over.set()
-        self._tell(f"{_FAILED} {kind.__name__}: {error}")
-        _exit(code if isinstance(code, int) else 1)
+        self._tell(f"{_FAILED} {text}")
+        _exit(code)
 
     def _accept(self, key: str) -> list[_Peer]:
         """Connections from all other processes; other callers do not know the secret."""
@@ -203,7 +214,7 @@ def end_process(text: str) -> None:
     _exit(LOST_CODE)
 
 
-def _exit(code: int) -> None:
+def _exit(code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -1,0 +1,151 @@
+"""Processes that plan and compile one step agree on it: `plan_once`, `agreed`.
+
+Process 0 plans, the others rebuild its plan: what they do must be the same to the last instruction,
+and a search that stops on time finds different plans on different machines. Whatever each process
+made is compared as hashes, together with the versions of its software, before anything runs; what
+one process could not do is an error in all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from alpa_lite import errors
+from alpa_lite.errors import AlpaLiteError, PlanError
+from alpa_lite.passes.pipeline_plan import PipelinePlan
+from alpa_lite.passes.pipeshard import PlannedPipeline
+from alpa_lite.passes.report import versions
+from alpa_lite.runtime.group import ProcessGroup
+
+T = TypeVar("T")
+
+_TIMINGS = frozenset({"wall_s"})
+"""Fields of a plan that say how long planning took."""
+_LONGEST = 40  # characters of a fact that messages show
+
+
+def plan_once(
+    group: ProcessGroup, search: Callable[[], PlannedPipeline],
+    rebuild: Callable[[PipelinePlan], PlannedPipeline],
+) -> PlannedPipeline:  # fmt: skip
+    """Plan in process 0, and rebuild its plan in the others.
+
+    Args:
+      group: all processes; each of them calls this.
+      search: plans.
+      rebuild: makes the same of a plan.
+
+    Raises:
+      AlpaLiteError: process 0 could not plan; of the class that is raised there.
+    """
+    topic = "planning"
+    if group.me:
+        found = json.loads(group.read(topic, 0))
+        if "error" in found:
+            kind = getattr(errors, found["error"], PlanError)
+            raise kind(f"process 0 could not plan: {found['text']}")
+        return rebuild(PipelinePlan.from_json(found["plan"]))
+    try:
+        made = search()
+    except Exception as error:
+        group.publish(topic, _failure(error))
+        raise
+    group.publish(topic, json.dumps({"plan": made.plan.to_json()}).encode())
+    return made
+
+
+def agreed(
+    group: ProcessGroup, topic: str, make: Callable[[], T], facts: Callable[[T], Mapping[str, str]]
+) -> T:
+    """Make something in every process, and compare what came of it.
+
+    Args:
+      group: all processes; each of them calls this.
+      topic: what is being done, for messages.
+      make: does it.
+      facts: of what was made, those that all processes must have in common.
+
+    Raises:
+      PlanError: they have not, or `make` raised something in another process.
+    """
+    try:
+        made = make()
+    except Exception as error:
+        group.exchange(topic, _failure(error))
+        raise
+    own = {"host": socket.gethostname(), "facts": {**software_facts(), **facts(made)}}
+    found = [json.loads(x) for x in group.exchange(topic, json.dumps(own).encode())]
+    _check_alike(topic, found)
+    return made
+
+
+def plan_facts(plan: PipelinePlan) -> dict[str, str]:
+    """Hashes of a plan's fields, without how long planning took."""
+    return {f"{name} of the plan": _digest(value) for name, value in plan.to_json().items()}
+
+
+def software_facts() -> dict[str, str]:
+    """What runs in this process."""
+    device = jax.local_devices()[0]
+    return {**versions(), "platform": device.platform, "device kind": device.device_kind}
+
+
+def _check_alike(topic: str, found: list[Mapping[str, Any]]) -> None:
+    failed = [(i, said) for i, said in enumerate(found) if "error" in said]
+    if failed:
+        process, said = failed[0]
+        raise PlanError(
+            f"{topic}: process {process} (host {said['host']}) could not do it: {said['error']}: "
+            f"{said['text']}"
+        )
+    first = found[0]["facts"]
+    lines = []
+    for process, said in enumerate(found):
+        names = [n for n in {**first, **said["facts"]} if first.get(n) != said["facts"].get(n)]
+        if names:
+            shown = ", ".join(_shown(n, first.get(n), said["facts"].get(n)) for n in names)
+            lines.append(f"process {process} (host {said['host']}) differs in {shown}")
+    if lines:
+        raise PlanError(
+            f"{topic}: the processes have different plans. Compared with process 0 (host "
+            f"{found[0]['host']}), {'; '.join(lines)}. Start all of them with the same code, "
+            "software versions, arguments and plan file."
+        )
+
+
+def _shown(name: str, ours: str | None, theirs: str | None) -> str:
+    if max(len(ours or ""), len(theirs or "")) > _LONGEST:
+        return name
+    return f"{name} ({theirs or 'none'}, not {ours or 'none'})"
+
+
+def _failure(error: Exception) -> bytes:
+    kind = next(
+        (c.__name__ for c in type(error).__mro__ if c in _known_errors()), type(error).__name__
+    )
+    said = {"host": socket.gethostname(), "error": kind, "text": str(error)}
+    return json.dumps(said).encode()
+
+
+def _known_errors() -> set[type]:
+    found = {getattr(errors, name) for name in dir(errors)}
+    return {c for c in found if isinstance(c, type) and issubclass(c, AlpaLiteError)}
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(_without_timings(value), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_timings(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_timings(v) for k, v in value.items() if k not in _TIMINGS}
+    if isinstance(value, list):
+        return [_without_timings(v) for v in value]
+    return value
