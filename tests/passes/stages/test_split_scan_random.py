@@ -161,26 +161,26 @@ programs = st.builds(
 
 
 @pytest.mark.slow
-@settings(max_examples=50)
+@settings(max_examples=15)
 @given(programs)
 def test_random_steps(program: Program) -> None:
     program.check()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", STACKED)
-def test_function_of_stacked_arrays(name: str) -> None:
-    Program(before=[name]).check()
-    Program(update=[name]).check()
+NAMES = sorted(STACKED)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXTRAS)
-def test_other_uses_of_stacked_arrays(name: str) -> None:
-    Program(extras=[name], body=["matmul", "bias"]).check()
+@pytest.mark.parametrize("names", [NAMES[i : i + 3] for i in range(0, len(NAMES), 3)], ids=" ".join)
+def test_functions_of_stacked_arrays(names: list[str]) -> None:
+    Program(before=names, update=names).check()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BODY)
-def test_body(name: str) -> None:
-    Program(body=["matmul", name], num_pieces=4).check()
+def test_other_uses_of_stacked_arrays() -> None:
+    Program(extras=list(EXTRAS), body=["matmul", "bias"]).check()
+
+
+@pytest.mark.slow
+def test_bodies() -> None:
+    Program(body=["matmul", *BODY], num_pieces=4).check()
