@@ -8,7 +8,8 @@
 | 3    | bad input: options, names, files, a step that breaks the contract  |
 | 130  | interrupted                                                        |
 
-Anything else that goes wrong is a bug and keeps its traceback.
+`launch` exits with the code of what it has launched. Anything else that goes wrong is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
