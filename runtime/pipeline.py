@@ -22,9 +22,6 @@ from alpa_lite.ir.graph import Literal
 from alpa_lite.passes.inter_op import Placement
 from alpa_lite.passes.pipeline_plan import PipelinePlan
 from alpa_lite.passes.pipeshard import PlannedPipeline
-from alpa_lite.passes.schedules import programs as task_kinds
-from alpa_lite.passes.schedules.task import BACKWARD_INPUT
-from alpa_lite.passes.stages.stage_step import update_rounds
 from alpa_lite.runtime.agreement import agreed, plan_facts
 from alpa_lite.runtime.arguments import Inputs, OwnResults, find_rivals, leaf_aval, place
 from alpa_lite.runtime.arrays import absent, is_local, put, put_all
@@ -32,13 +29,10 @@ from alpa_lite.runtime.group import process_group
 from alpa_lite.runtime.instructions import RUN, Instruction, PipelineProgram, digests, own_part
 from alpa_lite.runtime.lower import device_mesh
 from alpa_lite.runtime.moves import Mover
-from alpa_lite.runtime.phases import PhasePrograms, compile_phases
-from alpa_lite.runtime.pipeline_program import (
-    arrival_rounds,
-    build_program,
-    state_type,
-)
+from alpa_lite.runtime.phases import PhasePrograms
+from alpa_lite.runtime.pipeline_program import build_program, state_type
 from alpa_lite.runtime.stacked import LeafMap
+from alpa_lite.runtime.stage_programs import compile_stages
 
 
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
@@ -197,21 +191,7 @@ def _compile(
     mover: Mover, own: OwnResults | None,
 ) -> tuple[PipelineExecutable, PipelineProgram]:  # fmt: skip
     """The part of this process, and the instructions of all of them."""
-    arrivals = arrival_rounds(pipeline)
-    num = pipeline.schedule.num_stages
-    kinds = task_kinds(pipeline.schedule)
-    stages = []
-    for index, (step, planned) in enumerate(zip(pipeline.steps, pipeline.planned, strict=True)):
-        rounds = update_rounds(step.traced.graph, arrivals[index])
-        last = max((*rounds.values(), *arrivals[index].values(), 0))
-        stages.append(
-            compile_phases(
-                planned, meshes[index],
-                split_backward=BACKWARD_INPUT in kinds[index % num],
-                update_rounds=[{op for op, r in rounds.items() if r == n} for n in range(last + 1)],
-                late_inputs=[i for i, p in enumerate(step.inputs) if p.kind == "cotangent"],
-            )
-        )  # fmt: skip
+    stages = compile_stages(pipeline, meshes)
     program = build_program(pipeline, stages, meshes, mover)
     of_plan = {s.mesh: mesh for s, mesh in zip(pipeline.plan.stages, meshes, strict=True)}
     part = own_part(program, [of_plan[i] for i in range(len(of_plan))])
