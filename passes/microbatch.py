@@ -42,6 +42,11 @@ class Microbatching:
     keys: frozenset[int] = frozenset()
     outputs: tuple[int, ...] = ()
 
+    @property
+    def is_loop(self) -> bool:
+        """Whether something runs once per microbatch, be there only one."""
+        return self.num_microbatches > 1 or bool(self.loop_ops)
+
 
 def check_outputs(full: TracedStep, micro: TracedStep, count: int) -> tuple[str, ...]:
     """How each output leaf combines.

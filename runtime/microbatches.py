@@ -35,7 +35,7 @@ def run_step(
     env: Env = {interpreter.input_value(i): x for i, x in enumerate(inputs)}
     for value in graph.constants:
         env[program.value_at[(), value]] = interpreter.constant(value)
-    if program.microbatching.num_microbatches > 1:
+    if program.microbatching.is_loop:
         interpreter.run(
             Segment("before", (*parts.items(parts.before), *parts.enters().values())), env
         )

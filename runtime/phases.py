@@ -272,7 +272,7 @@ class _Builder:
                     continue
                 maker = self.made[key]
                 assert maker < position, (key, maker, position)
-                several = self.program.microbatching.num_microbatches > 1
+                several = self.program.microbatching.is_loop
                 in_loop = 0 < maker < self.first_update
                 assert not (several and in_loop and position >= self.first_update), key
                 slot = Slot(INVARIANT if maker == 0 else STASH, count)

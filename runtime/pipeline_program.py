@@ -294,11 +294,9 @@ class _Builder:
 
     def task(self, stage: int, task: Task) -> None:
         """A task of the schedule, then what it hands on or back."""
-        program = next(
-            (p for p in self.stages[stage].loop if p.name == _PROGRAM_OF[task.kind]), None
-        )
         step, m = self.pipeline.steps[stage], task.microbatch
-        if program is not None:
+        programs = [p for p in self.stages[stage].loop if p.name in _PROGRAMS_OF[task.kind]]
+        for program in programs:
             self.run(stage, program, m, str(task), task)
             for slot, aval, lies in zip(
                 program.outputs, program.out_avals, program.out_shardings, strict=True
@@ -452,11 +450,12 @@ class _Builder:
         return program.out_avals[at], program.out_shardings[at]
 
 
-_PROGRAM_OF = {
-    FORWARD: "forward",
-    BACKWARD: "backward",
-    BACKWARD_INPUT: "backward_input",
-    BACKWARD_WEIGHT: "backward_weight",
+# A stage whose backward pass is split for some microbatches has it in two programs for all.
+_PROGRAMS_OF = {
+    FORWARD: ("forward",),
+    BACKWARD: ("backward", "backward_input", "backward_weight"),
+    BACKWARD_INPUT: ("backward_input",),
+    BACKWARD_WEIGHT: ("backward_weight",),
 }
 
 

@@ -63,8 +63,8 @@ class StepParts:
       before: ops before the gradient that run once.
       loop: ops that run once per microbatch.
       after: ops after the gradient.
-      exits: by graph value, where it leaves the loop; none with one microbatch, whose values the
-        update reads as they are.
+      exits: by graph value, where it leaves the loop; none without a loop, whose values the update
+        reads as they are.
       links: gradient links by graph value.
       loose: those of them whose value no op makes.
     """
@@ -104,11 +104,11 @@ def split_step(program: Program, output_kinds: Sequence[str]) -> StepParts:
         for (kind, _, value), op in program.link_at.items()
         if kind == "gradient"
     }
-    members = frozenset(range(last)) if loop.num_microbatches == 1 else loop.loop_ops
+    members = loop.loop_ops if loop.is_loop else frozenset(range(last))
     in_loop = {r for i in members for r in graph.ops[i].results}
     made = {r for op in graph.ops for r in op.results}
     exits = {}
-    if loop.num_microbatches > 1:
+    if loop.is_loop:
         exits = {
             value: Exit(link, _kind(program, output_kinds, value))
             for value, link in links.items()

@@ -50,12 +50,23 @@ def subcluster(cluster: Cluster, num_hosts: int, devices_per_host: int) -> Clust
 
 
 def stage_inputs(
-    step: StageStep, num_microbatches: int, method: Method, cluster: Cluster, table: RuleTable
-) -> PlanningInputs:
-    """The decision graph of a stage; the same for every mesh over `cluster`."""
+    step: StageStep, num_microbatches: int, method: Method, cluster: Cluster, table: RuleTable,
+    *, folds_keys: bool = False,
+) -> PlanningInputs:  # fmt: skip
+    """The decision graph of a stage; the same for every mesh over `cluster`.
+
+    Args:
+      step: the stage.
+      num_microbatches: microbatches that it sees.
+      method: restrictions of the layouts.
+      cluster: its submesh.
+      table: sharding rules found so far.
+      folds_keys: whether PRNG keys are folded with the microbatch's number though it sees one only,
+        because other pipelines see others.
+    """
     traced = step.traced
     rows = batch_positions(traced, (_ROWS,))
-    several = num_microbatches > 1
+    several = num_microbatches > 1 or folds_keys
     program = build_program(
         traced, aliases=state_aliases(traced, (_STATE,)), batch_inputs=rows,
         microbatching=find_microbatch_loop(traced, rows, num_microbatches) if several else None,

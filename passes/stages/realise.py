@@ -216,7 +216,9 @@ class _StagePlanner:
             return replace(like, step=step, planned=replace(like.planned, plan=plan), mesh=mesh)
         submesh = subcluster(self.cluster, stage.submesh.num_hosts, stage.submesh.devices_per_host)
         method = replace(self.method, memory_budget_bytes=self.budget_bytes(index))
-        inputs = stage_inputs(step, count, method, submesh, self.table)
+        inputs = stage_inputs(
+            step, count, method, submesh, self.table, folds_keys=self.spec.num_microbatches > 1
+        )
         if given is None:
             found = self.search(step, inputs, stage, index)
             decisions, profile = found.found.decisions, found.found.profile
