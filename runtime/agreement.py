@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from alpa_lite import errors
-from alpa_lite.errors import AlpaLiteError, PlanError
+from alpa_lite.errors import InfeasibleError, PlanError, SolverTimeoutError, StepError
 from alpa_lite.passes.pipeline_plan import PipelinePlan
 from alpa_lite.passes.pipeshard import PlannedPipeline
 from alpa_lite.passes.report import versions
@@ -28,6 +27,7 @@ T = TypeVar("T")
 _TIMINGS = frozenset({"wall_s"})
 """Fields of a plan that say how long planning took."""
 _LONGEST = 40  # characters of a fact that messages show
+_TOPIC = "agreement"
 
 
 def plan_once(
@@ -42,14 +42,15 @@ def plan_once(
       rebuild: makes the same of a plan.
 
     Raises:
-      AlpaLiteError: process 0 could not plan; of the class that is raised there.
+      AlpaLiteError: process 0 could not plan; of the class that is raised there, if it is one.
     """
     topic = "planning"
     if group.me:
         found = json.loads(group.read(topic, 0))
         if "error" in found:
-            kind = getattr(errors, found["error"], PlanError)
-            raise kind(f"process 0 could not plan: {found['text']}")
+            kinds = {c.__name__: c for c in (InfeasibleError, SolverTimeoutError, StepError)}
+            kind = kinds.get(found["error"], PlanError)
+            raise kind(f"process 0 could not plan: {found['error']}: {found['text']}")
         return rebuild(PipelinePlan.from_json(found["plan"]))
     try:
         made = search()
@@ -67,7 +68,7 @@ def agreed(
 
     Args:
       group: all processes; each of them calls this.
-      topic: what is being done, for messages.
+      topic: what is being done; it has to be the same in all processes.
       make: does it.
       facts: of what was made, those that all processes must have in common.
 
@@ -77,10 +78,11 @@ def agreed(
     try:
         made = make()
     except Exception as error:
-        group.exchange(topic, _failure(error))
+        group.exchange(_TOPIC, _failure(error))
         raise
-    own = {"host": socket.gethostname(), "facts": {**software_facts(), **facts(made)}}
-    found = [json.loads(x) for x in group.exchange(topic, json.dumps(own).encode())]
+    own: dict[str, Any] = {"host": socket.gethostname(), "doing": topic}
+    own["facts"] = {**software_facts(), **facts(made)}
+    found = [json.loads(x) for x in group.exchange(_TOPIC, json.dumps(own).encode())]
     _check_alike(topic, found)
     return made
 
@@ -104,6 +106,11 @@ def _check_alike(topic: str, found: list[Mapping[str, Any]]) -> None:
             f"{topic}: process {process} (host {said['host']}) could not do it: {said['error']}: "
             f"{said['text']}"
         )
+    if len({said["doing"] for said in found}) > 1:
+        raise PlanError(
+            "all processes must call the same steps in the same order; now they are "
+            + ", ".join(f"{said['doing']} in process {i}" for i, said in enumerate(found))
+        )
     first = found[0]["facts"]
     lines = []
     for process, said in enumerate(found):
@@ -126,16 +133,8 @@ def _shown(name: str, ours: str | None, theirs: str | None) -> str:
 
 
 def _failure(error: Exception) -> bytes:
-    kind = next(
-        (c.__name__ for c in type(error).__mro__ if c in _known_errors()), type(error).__name__
-    )
-    said = {"host": socket.gethostname(), "error": kind, "text": str(error)}
+    said = {"host": socket.gethostname(), "error": type(error).__name__, "text": str(error)}
     return json.dumps(said).encode()
-
-
-def _known_errors() -> set[type]:
-    found = {getattr(errors, name) for name in dir(errors)}
-    return {c for c in found if isinstance(c, type) and issubclass(c, AlpaLiteError)}
 
 
 def _digest(value: Any) -> str:

@@ -36,8 +36,8 @@ def distributed_initialize(*, timeout_s: int = 300) -> Process:
 
     Who they are is read from the environment: that of `alpa-lite launch`, or of SLURM, MPI or
     Kubernetes, as `jax.distributed.initialize` reads them. Without any of these the program has one
-    process, and nothing happens. From here on the end of one process ends the others within
-    seconds, with an error that names it.
+    process, and nothing happens. With several, JAX's devices are started, and from here on the end
+    of one process ends the others within seconds, with an error that names it.
 
     Args:
       timeout_s: how long to wait for the others, in seconds.
@@ -101,10 +101,11 @@ class ProcessGroup:
         self._transport: Transport | None = None
 
     def join(self) -> None:
-        """Begin to watch the others, until the end of this process.
+        """Begin to watch the others, until the end of this process; start JAX's devices.
 
-        An error that nobody catches then ends the others too; a process that is done waits for
-        them, since they may still read what it has sent.
+        JAX starts the devices of all processes together, so each must do it before it waits for
+        another one. From then on an error that nobody catches ends the others too; a process that
+        is done waits for them, since they may still read what it has sent.
 
         Raises:
           TimeoutError: one has not come in time.
@@ -120,6 +121,7 @@ class ProcessGroup:
 
         sys.excepthook = failed
         atexit.register(self._leave)
+        jax.devices()
 
     def transport(self) -> Transport:
         """What takes arrays between the processes; every process asks for it."""
