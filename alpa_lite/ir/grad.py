@@ -23,10 +23,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from alpa_lite import compat
+from alpa_lite.ir.stretches import as_function_of_stretches
 
 _jax_value_and_grad = jax.value_and_grad
 _jax_grad = jax.grad
@@ -69,7 +70,7 @@ class GradSpec:
 
     def differentiate(self) -> Callable[..., list[jax.Array]]:
         """A flat function `(*operands, *cotangents) -> [*outputs of forward, *grads]`."""
-        forward = jaxpr_as_fun(self.forward)
+        forward = as_function_of_stretches(self.forward)
         num_operands = len(self.forward.in_avals)
         differentiated = (*((0,) if self.has_loss else ()), *self.seeded)
         others = [i for i in range(len(self.forward.out_avals)) if i not in differentiated]
