@@ -34,7 +34,7 @@ def plan_once(
     group: ProcessGroup, search: Callable[[], PlannedPipeline],
     rebuild: Callable[[PipelinePlan], PlannedPipeline],
 ) -> PlannedPipeline:  # fmt: skip
-    """Plan in process 0, and rebuild its plan in the others.
+    """Plan in process 0, and rebuild its plan in the others; within `agreed`.
 
     Args:
       group: all processes; each of them calls this.
@@ -44,7 +44,7 @@ def plan_once(
     Raises:
       AlpaLiteError: process 0 could not plan; of the class that is raised there, if it is one.
     """
-    topic = "planning"
+    topic = f"planning/{group.turns(_TOPIC)}"
     if group.me:
         found = json.loads(group.read(topic, 0))
         if "error" in found:
@@ -89,7 +89,8 @@ def agreed(
 
 def plan_facts(plan: PipelinePlan) -> dict[str, str]:
     """Hashes of a plan's fields, without how long planning took."""
-    return {f"{name} of the plan": _digest(value) for name, value in plan.to_json().items()}
+    fields = _without_timings(plan.to_json())
+    return {f"{name} of the plan": _digest(value) for name, value in fields.items()}
 
 
 def software_facts() -> dict[str, str]:
@@ -138,8 +139,7 @@ def _failure(error: Exception) -> bytes:
 
 
 def _digest(value: Any) -> str:
-    text = json.dumps(_without_timings(value), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _without_timings(value: Any) -> Any:

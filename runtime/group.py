@@ -97,7 +97,7 @@ class ProcessGroup:
         self.me, self.count, _ = distributed_process() or (0, 1, "")
         self._name = name
         self._watchdog = Watchdog(f"{name}/watchdog", start_timeout_s=START_TIMEOUT_S)
-        self._rounds: Counter[str] = Counter()
+        self._turns: Counter[str] = Counter()
         self._transport: Transport | None = None
 
     def join(self) -> None:
@@ -133,16 +133,20 @@ class ProcessGroup:
         return self._transport
 
     def publish(self, topic: str, data: bytes) -> None:
-        """Say something that the others `read`; nobody waits."""
-        self._store.set_bytes(self._key(topic, self.me, self._next(topic)), data)
+        """Say something that the others `read`; nobody waits, and a topic serves once."""
+        self._store.set_bytes(self._key(topic, self.me, 0), data)
 
     def read(self, topic: str, process: int, timeout_s: float = PATIENCE_S) -> bytes:
-        """What a process has published; the n-th call finds what its n-th one said.
+        """What a process has published, waited for.
 
         Raises:
           TimeoutError: nothing came in time.
         """
-        return self._get(topic, process, self._next(topic), timeout_s)
+        return self._get(topic, process, 0, timeout_s)
+
+    def turns(self, topic: str) -> int:
+        """How often there was an `exchange` of a topic."""
+        return self._turns[topic]
 
     def exchange(self, topic: str, data: bytes, timeout_s: float = PATIENCE_S) -> list[bytes]:
         """What every process has to say, by its number. All of them call this.
@@ -150,7 +154,8 @@ class ProcessGroup:
         Raises:
           TimeoutError: one has said nothing in time.
         """
-        turn = self._next(topic)
+        self._turns[topic] += 1
+        turn = self._turns[topic]
         self._store.set_bytes(self._key(topic, self.me, turn), data)
         found = [self._get(topic, process, turn, timeout_s) for process in range(self.count)]
         if turn > 1:  # everybody is here, so nobody reads the last turn's any more
@@ -165,10 +170,6 @@ class ProcessGroup:
                 f"process {process} has not come to {topic!r} within {timeout_s:g} s; all "
                 "processes must plan, compile, call and fetch the same in the same order"
             ) from None
-
-    def _next(self, topic: str) -> int:
-        self._rounds[topic] += 1
-        return self._rounds[topic]
 
     def _key(self, topic: str, process: int, turn: int) -> str:
         return f"alpa_lite/{self._name}/{topic}/{turn}/{process}"
