@@ -59,25 +59,23 @@ class PipelineMethod(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class PipeshardParallel(PipelineMethod):
-    """Stages, submeshes, layouts, schedule, rematerialisation and microbatches are searched.
+    """Stages, layouts, schedule, rematerialisation and microbatches are searched.
+
+    Stages have submeshes of one size, which fill the cluster.
 
     Attributes:
       num_stages: how many stages, or "auto".
-      gap: the search stops when the best plan is proven to be within this share of the optimum.
     """
 
     schedule: str = "auto"
     remat: str = "auto"
     num_stages: int | Literal["auto"] = "auto"
-    gap: float = 0.01
     time_limit_s: float = 120.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_stages != "auto":
             _check_count("num_stages", self.num_stages)
-        if not 0 <= self.gap < 1:
-            raise ValueError(f"gap must be from 0 to below 1, found {self.gap!r}")
 
 
 @dataclass(frozen=True)

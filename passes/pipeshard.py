@@ -1,8 +1,8 @@
 """The whole compile of a pipeline, as a straight run of named steps.
 
     trace               function, shapes     -> LayeredStep     stages.source, stages.layers
-    specify             method               -> PipelineSpec    stages.given_spec, stages.search,
-                                                                stages.scan_search
+    specify             method               -> PipelineSpec    stages.given_spec; searched over
+                                                                stages.grid_search
     cut                 LayeredStep, spec    -> CutStep         stages.cut, stages.update
     order               spec                 -> Schedule        schedules
     place               spec, Cluster        -> Placement       inter_op.placement
@@ -32,11 +32,16 @@ from alpa_lite.passes.pipeline_methods import (
 from alpa_lite.passes.pipeline_plan import PipelineAlternative
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.stages.given_spec import grid_spec, manual_spec
+from alpa_lite.passes.stages.grid_search import (
+    SEARCHED_SCHEDULES,
+    GridCandidate,
+    grid_candidates,
+    scan_length,
+)
 from alpa_lite.passes.stages.realise import PlannedPipeline as PlannedPipeline
 from alpa_lite.passes.stages.realise import realise
 from alpa_lite.passes.stages.realise import restore_pipeline as restore_pipeline
-from alpa_lite.passes.stages.scan_search import scan_candidates, scan_length
-from alpa_lite.passes.stages.source import layer_step
+from alpa_lite.passes.stages.source import LayeredStep, layer_step
 
 
 def plan_pipeline(
@@ -63,82 +68,109 @@ def plan_pipeline(
         source = layer_step(call, int(method.num_microbatches), method.layer_num, num_stages, table)
         found = realise(call.name, source, manual_spec(method), method, cluster, table, report)
     elif isinstance(method, PipeshardParallel):
-        length = scan_length(call, table)
-        if length > 1:
-            found = _search_scan(call, method, cluster, table, length, report)
-        else:
-            found = _search_layers(call, method, cluster, table, report)
+        found = _search(call, method, cluster, table, report)
     else:
         raise TypeError(f"not a pipeline method: {method!r}")
     report("done", 1.0)
     return replace(found, plan=replace(found.plan, wall_s=time.monotonic() - started))
 
 
-def _search_layers(
+def _search(
     call: StepArgs, method: PipeshardParallel, cluster: Cluster, table: RuleTable, report: Progress
 ) -> PlannedPipeline:
-    """The best pipeline over layers that stand side by side."""
-    from alpa_lite.passes.stages.search import search_pipeline
+    """The best pipeline of equal submeshes, of all that are worth planning.
 
-    found = search_pipeline(call, method, cluster, table, report)
-    spec = found.proposals[0].spec
-    source = layer_step(call, spec.num_microbatches, method.layer_num)
-    pipeline = realise(call.name, source, spec, method, cluster, table, report)
-    plan = replace(
-        pipeline.plan, gap=found.gap, alternatives=found.alternatives,
-        notes=(*pipeline.plan.notes, *found.notes),
-    )  # fmt: skip
-    return replace(pipeline, plan=plan)
-
-
-def _search_scan(
-    call: StepArgs, method: PipeshardParallel, cluster: Cluster, table: RuleTable, length: int,
-    report: Progress,
-) -> PlannedPipeline:  # fmt: skip
-    """The best pipeline over a scan of layers, of all that are worth planning."""
-    deadline = time.monotonic() + method.time_limit_s
-    best: PlannedPipeline | None = None
-    failure: Exception | None = None
-    tried: list[PipelineAlternative] = []
-    fits: set[tuple[int, int]] = set()
-    latest_s: dict[int, float] = {}
-    settled: set[int] = set()  # numbers of stages for which more microbatches only cost time
-    for spec in scan_candidates(call, method, cluster, length):
-        shape = len(spec.stages), spec.num_microbatches
-        late = best is not None and time.monotonic() > deadline
-        if shape in fits or shape[0] in settled or late:
-            continue
-        what = (
-            f"{shape[0]} stages of {spec.stages[0].submesh}, {shape[1]} microbatches, remat "
-            f"{spec.stages[0].remat}"
+    Ctrl-C and the end of the time budget return the best so far.
+    """
+    length = scan_length(call, table)
+    num_layers = length or layer_step(call, 1, method.layer_num).graph.num_layers
+    search = _GridSearch(call, method, cluster, table, length > 0, report)
+    try:
+        for candidate in grid_candidates(call, method, cluster, num_layers, length > 0):
+            search.consider(candidate)
+        search.other_schedules()
+    except KeyboardInterrupt:
+        if search.best is None:
+            raise
+    if search.best is None:
+        raise search.failure or StepError(
+            f"no pipeline over {num_layers} layers: the batch size must be divisible by the number "
+            "of microbatches, and equal submeshes must fill the cluster. Give num_microbatches."
         )
-        report(
-            f"planning {what}", min(0.99, 1 - (deadline - time.monotonic()) / method.time_limit_s)
-        )
+    plan = replace(search.best.plan, alternatives=tuple(search.tried))
+    return replace(search.best, plan=plan)
+
+
+class _GridSearch:
+    """Plans candidates and remembers what they were worth."""
+
+    def __init__(
+        self, call: StepArgs, method: PipeshardParallel, cluster: Cluster, table: RuleTable,
+        is_scan: bool, report: Progress,
+    ) -> None:  # fmt: skip
+        self.call, self.method, self.cluster, self.table = call, method, cluster, table
+        self.is_scan, self.report = is_scan, report
+        self.started = time.monotonic()
+        self.best: PlannedPipeline | None = None
+        self.chosen: GridCandidate | None = None
+        self.failure: Exception | None = None
+        self.tried: list[PipelineAlternative] = []
+        self.fits: set[tuple[int, int]] = set()
+        self.latest_s: dict[int, float] = {}
+        self.settled: set[int] = set()  # numbers of stages that more microbatches only slow down
+        self.sources: dict[tuple[int, int], LayeredStep] = {}
+
+    def consider(self, candidate: GridCandidate) -> None:
+        """Plan a candidate, unless what was planned before says that it cannot be the best."""
+        stages, shape = candidate.num_stages, (candidate.num_stages, candidate.num_microbatches)
+        spent = (time.monotonic() - self.started) / self.method.time_limit_s
+        if shape in self.fits or stages in self.settled or (self.best is not None and spent > 1):
+            return
+        self.report(f"planning {candidate}", min(0.99, spent))
+        step_s = self.plan(candidate)
+        if step_s is not None:
+            self.fits.add(shape)
+            if step_s > self.latest_s.get(stages, step_s):
+                self.settled.add(stages)
+            self.latest_s[stages] = step_s
+
+    def other_schedules(self) -> None:
+        """Try other orders of the best candidate's tasks."""
+        chosen = self.chosen
+        if chosen is None or chosen.num_stages == 1 or self.method.schedule != "auto":
+            return
+        for schedule in SEARCHED_SCHEDULES[1:]:
+            if time.monotonic() - self.started < self.method.time_limit_s:
+                self.plan(replace(chosen, schedule=schedule))
+
+    def plan(self, candidate: GridCandidate) -> float | None:
+        """Predicted seconds per step; None if it does not fit."""
         step_s, reason = None, ""
         try:
-            source = layer_step(call, shape[1], method.layer_num, shape[0], table)
-            if shape[0] == 1 and source.graph.num_layers > 1:
-                layers = tuple(range(source.graph.num_layers))
-                spec = replace(spec, stages=(replace(spec.stages[0], layers=layers),))
-            found = realise(call.name, source, spec, method, cluster, table, _silent)
+            spec = candidate.spec(self.source(candidate).graph.flops)
+            found = realise(
+                self.call.name, self.source(candidate), spec, self.method, self.cluster,
+                self.table, _silent,
+            )  # fmt: skip
             step_s = found.plan.predicted.step_s
-            fits.add(shape)
-            if step_s > latest_s.get(shape[0], step_s):
-                settled.add(shape[0])
-            latest_s[shape[0]] = step_s
-            if best is None or step_s < best.plan.predicted.step_s:
-                best = found
+            if self.best is None or step_s < self.best.plan.predicted.step_s:
+                self.best, self.chosen = found, candidate
         except (InfeasibleError, SolverTimeoutError) as error:
-            failure, reason = failure or error, str(error)
-        tried.append(PipelineAlternative(description=what, step_s=step_s, reason=reason))
-    if best is None:
-        raise failure or StepError(
-            f"no pipeline over the scan of {length} layers: the batch size must be divisible by "
-            "the number of microbatches, and equal submeshes must fill the cluster. Give "
-            "num_microbatches."
+            self.failure, reason = self.failure or error, str(error)
+        self.tried.append(
+            PipelineAlternative(description=str(candidate), step_s=step_s, reason=reason)
         )
-    return replace(best, plan=replace(best.plan, alternatives=tuple(tried)))
+        return step_s
+
+    def source(self, candidate: GridCandidate) -> LayeredStep:
+        """The step at a candidate's microbatch size, with a scan over layers in its pieces."""
+        pieces = candidate.num_stages if self.is_scan else 1
+        key = candidate.num_microbatches, pieces
+        if key not in self.sources:
+            self.sources[key] = layer_step(
+                self.call, key[0], self.method.layer_num, pieces, self.table
+            )
+        return self.sources[key]
 
 
 def _silent(what: str, done: float) -> None:

@@ -1,0 +1,132 @@
+"""The search over pipelines of equal submeshes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import pytest
+
+from alpa_lite.cost_model import Cluster
+from alpa_lite.errors import InfeasibleError, StepError
+from alpa_lite.models import build
+from alpa_lite.passes import pipeshard
+from alpa_lite.passes.pipeline import StepArgs
+from alpa_lite.passes.pipeline_methods import PipeshardParallel, ThreeDParallel
+from alpa_lite.passes.pipeshard import plan_pipeline
+from alpa_lite.passes.rules import RuleTable
+from alpa_lite.passes.stages.grid_search import equal_submesh, grid_candidates
+
+TABLE = RuleTable()
+CLUSTER = Cluster.resolve("h100:2x2")
+
+
+def call_of(preset: str, batch_size: int = 8, **overrides: int) -> StepArgs:
+    setup = build(preset, **overrides)
+    state = jax.eval_shape(setup.init, jax.random.key(0))
+    return StepArgs(
+        fun=setup.step, args=(state, setup.make_batch(0, batch_size)), arg_names=("state", "batch"),
+        batch_argnums=(1,), donate_argnums=(0,), name=preset,
+    )  # fmt: skip
+
+
+def plan(call: StepArgs, method: PipeshardParallel | ThreeDParallel, cluster: Cluster = CLUSTER):
+    return plan_pipeline(call, method, cluster, table=TABLE)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "stages", "shape"),
+    [
+        ("h100:2x8", 1, "2x8"),
+        ("h100:2x8", 2, "1x8"),
+        ("h100:2x8", 4, "1x4"),
+        ("h100:2x8", 3, None),
+        ("h100:3x8", 3, "1x8"),
+        ("h100:3x8", 2, None),  # a host and a half
+    ],
+)
+def test_equal_submeshes(cluster: str, stages: int, shape: str | None) -> None:
+    found = equal_submesh(Cluster.resolve(cluster), stages)
+    assert (None if found is None else str(found)) == shape
+
+
+def test_candidates_divide_the_batch_and_the_scan() -> None:
+    call = call_of("mlp-test", 12)
+    found = list(grid_candidates(call, PipeshardParallel(), CLUSTER, 4, is_scan=False))
+    assert {c.num_stages for c in found} == {1, 2, 4}
+    assert all(12 % c.num_microbatches == 0 for c in found)
+    scan = grid_candidates(call, PipeshardParallel(), CLUSTER, 6, is_scan=True)
+    assert {c.num_stages for c in scan} == {1, 2}  # four stages cannot share six layers
+    fixed = PipeshardParallel(num_stages=2, num_microbatches=4, remat="full")
+    (only,) = grid_candidates(call, fixed, CLUSTER, 4, is_scan=False)
+    assert str(only) == "2 stages of 1x2, 4 microbatches, 1f1b, remat full"
+
+
+def test_the_best_of_all_candidates_is_chosen() -> None:
+    found = plan(call_of("mlp-test"), PipeshardParallel())
+    times = [a.step_s for a in found.plan.alternatives if a.step_s is not None]
+    assert found.plan.predicted.step_s == min(times)
+    assert len(times) >= 3
+    fixed = plan(call_of("mlp-test"), ThreeDParallel(dp=2, tp=1, pp=2, num_microbatches=2))
+    assert found.plan.predicted.step_s <= fixed.plan.predicted.step_s
+
+
+def test_other_schedules_are_tried_for_the_best() -> None:
+    found = plan(call_of("mlp-test"), PipeshardParallel(num_stages=2, num_microbatches=4))
+    tried = {a.description.split(", ")[2] for a in found.plan.alternatives}
+    assert tried == {"1f1b", "eager_1f1b", "zb-h1", "gpipe"}
+    chosen = min(found.plan.alternatives, key=lambda a: a.step_s or float("inf"))
+    assert f", {found.plan.schedule}," in chosen.description
+
+
+def test_more_freedom_is_never_worse() -> None:
+    call = call_of("mlp-test")
+    free = plan(call, PipeshardParallel())
+    for stages in (1, 2):
+        bound = plan(call, PipeshardParallel(num_stages=stages))
+        assert free.plan.predicted.step_s <= bound.plan.predicted.step_s * (1 + 1e-9)
+
+
+@pytest.mark.slow
+def test_a_scan_is_cut_into_equal_stages() -> None:
+    call = call_of("llama-scan-test", num_layers=4)
+    found = plan(call, PipeshardParallel(num_stages=2, num_microbatches=4))
+    assert found.plan.num_pieces == 2
+    assert [s.layers for s in found.plan.stages] == [(0,), (1,)]
+
+
+def test_memory_decides_on_rematerialisation() -> None:
+    call = call_of("gpt-test", num_layers=2)
+    method = PipeshardParallel(num_stages=2, num_microbatches=2, schedule="1f1b", layer_num=2)
+    roomy = plan(call, method)
+    assert {s.remat for s in roomy.plan.stages} == {"none"}
+    tight = replace(method, memory_budget_bytes=0.9 * roomy.plan.predicted.peak_bytes)
+    found = plan(call, tight)
+    assert found.plan.predicted.peak_bytes <= tight.memory_budget_bytes
+    assert found.plan.predicted.step_s >= roomy.plan.predicted.step_s
+
+
+def test_nothing_fits() -> None:
+    with pytest.raises(InfeasibleError, match=r"stage 0 of 1 .* More stages"):
+        plan(call_of("mlp-test"), PipeshardParallel(memory_budget_bytes=1000))
+
+
+def test_no_candidate() -> None:
+    with pytest.raises(StepError, match="no pipeline over"):
+        plan(call_of("mlp-test"), PipeshardParallel(num_stages=3))
+
+
+def test_interrupt_returns_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    realise = pipeshard.realise
+
+    def interrupted(*args, **kwargs):
+        if len(planned) == 2:
+            raise KeyboardInterrupt
+        planned.append(realise(*args, **kwargs))
+        return planned[-1]
+
+    monkeypatch.setattr(pipeshard, "realise", interrupted)
+    found = plan(call_of("mlp-test"), PipeshardParallel())
+    assert found.plan.predicted.step_s == min(p.plan.predicted.step_s for p in planned)
+    assert len(found.plan.alternatives) == 2
