@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 
 from alpa_lite import compat
@@ -101,15 +100,25 @@ def split_parts(closed: Any, batch_positions: Iterable[int]) -> StepParts:
     inner_env = dict(zip(inner.invars, gradient.invars, strict=True))
     inner_env |= loss_flat.add_constants(inner.constvars, inner_consts)
     loss, *aux = loss_flat.inline(inner, inner_env, gradient)
-    num_aux = len(aux)
+    num_results = 1 + len(aux)
+    rest = equations[at + 1 :]
+    used = {v for eqn in rest for v in variables(eqn.invars)} | {*variables(outputs)}
+    results = [
+        (v, atom)
+        for i, (v, atom) in enumerate(zip(gradient.outvars, (loss, *aux), strict=False))
+        if i == 0 or v in used
+    ]
     wrt = [gradient.invars[i] for i in spec.wrt]
-    for atom in wrt:
+    grads = [
+        (v, atom) for v, atom in zip(gradient.outvars[num_results:], wrt, strict=True) if v in used
+    ]
+    for _, atom in grads:
         if not compat.is_literal(atom) and atom in tainted:
             raise StepError(
                 "a pipeline cannot differentiate by something that depends on the batch. "
                 "Differentiate by the parameters alone, or use a method without pipeline stages."
             )
-    after = _without_shared_branches(equations[at + 1 :], gradient.outvars[1 + num_aux :])
+    after = _without_shared_branches(rest, [v for v, _ in grads])
     for eqn in after:
         if not tainted.isdisjoint(variables(eqn.invars)):
             raise StepError(
@@ -120,8 +129,7 @@ def split_parts(closed: Any, batch_positions: Iterable[int]) -> StepParts:
     return StepParts(
         inputs=inputs, batch=batch, constants=flat.constants | loss_flat.constants,
         before=tuple(before), loop=(*loop, *loss_flat.equations), loss=loss,
-        results=tuple(zip(gradient.outvars[: 1 + num_aux], (loss, *aux), strict=True)),
-        grads=tuple(zip(gradient.outvars[1 + num_aux :], wrt, strict=True)),
+        results=tuple(results), grads=tuple(grads),
         after=tuple(after), outputs=tuple(outputs),
     )  # fmt: skip
 
@@ -178,10 +186,7 @@ def _selected(eqn: Any) -> list[Any]:
         chosen = results[0]
         for i, each in enumerate(results[1:], 1):
             last = index >= i if i == len(results) - 1 else index == i
-            chosen = [
-                jax.lax.select(last & jnp.ones(a.shape, bool), b, a)
-                for a, b in zip(chosen, each, strict=True)
-            ]
+            chosen = [jax.lax.select(last, b, a) for a, b in zip(chosen, each, strict=True)]
         return chosen
 
     closed = jax.make_jaxpr(select)(*(a.aval for a in eqn.invars))

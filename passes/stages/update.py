@@ -2,10 +2,11 @@
 
 In: `StepParts` and its `StageCut`s. Out: `UpdateSplit`. An equation runs where its operands are:
 next to the gradients and parameters it reads. What reads nothing of that kind (step counters,
-schedules) runs on every stage that needs it. Where operands meet from several stages, the equation
-runs where most bytes are; scalars (global norm, all-finite) meet on one stage and are sent back, so
-nothing but scalars moves for them. A parameter that several stages read belongs to the first of
-them: it is sent to the others at the start of the step, and their gradients come to it at the end.
+schedules) runs on every stage that needs it, and so does what makes an array of a number. Where
+operands meet from several stages, the equation runs where most bytes are; numbers (global norm,
+all-finite) meet on one stage and are sent back, so nothing but numbers moves for them. A parameter
+that several stages read belongs to the first of them: it is sent to the others at the start of the
+step, and their gradients come to it at the end.
 """
 
 from __future__ import annotations
@@ -210,9 +211,11 @@ class _Split:
             return None
         weight: dict[int, int] = defaultdict(int)
         for v in found:
-            weight[self.place[v]] += _num_bytes(v.aval) if v.aval.shape else 0
+            weight[self.place[v]] += 0 if _is_small(v) else _num_bytes(v.aval)
         if len(weight) == 1:
             (stage,) = weight
+            if all(map(_is_small, found)) and not all(map(_is_small, eqn.outvars)):
+                return None  # the number is sent rather than the array that is made of it
         elif not any(weight.values()):
             stage = MEETING_STAGE
         else:
@@ -255,6 +258,11 @@ class _Split:
         if home is not None:
             return {home}
         return set().union(*(self.needed[v] for v in self.parts.after[index].outvars))
+
+
+def _is_small(variable: Any) -> bool:
+    """Whether a variable is one number."""
+    return int(np.prod(variable.aval.shape, dtype=np.int64)) <= 1
 
 
 def _num_bytes(aval: Any) -> int:
