@@ -124,8 +124,19 @@ class LayoutChange:
 
         Steps before the first gather make nothing larger, so their results are kept.
         """
-        history = self.done
-        for step in self.steps:
+        return self._keyed(self.done, self.steps)
+
+    def repeated(self) -> Iterator[tuple[ReshardStep, tuple[int, str, tuple[ReshardStep, ...]]]]:
+        """Likewise the steps of copies that are taken once more: gathering again starts at `base`.
+
+        They are none of their own if the copies are made again themselves.
+        """
+        return (found for found in self._keyed((), self.done) if found[1][1])
+
+    def _keyed(
+        self, history: tuple[ReshardStep, ...], steps: tuple[ReshardStep, ...]
+    ) -> Iterator[tuple[ReshardStep, tuple[int, str, tuple[ReshardStep, ...]]]]:
+        for step in steps:
             history = (*history, step)
             again = self.again if any(s.kind == ALL_GATHER for s in history) else ""
             yield step, (self.base, again, history)
@@ -161,20 +172,23 @@ def keyed_collectives(decisions: Decisions) -> Iterator[tuple[CollectiveUse, int
     For a sum that an op completes itself, that is the op's result and an empty key.
     """
     d, c = decisions, decisions.contraction
+    changes = [
+        (op, position, layout_change(d, op, position))
+        for op, position in c.uses
+        if d.value_spec(c.operands[op.id][position]) != d.operand_specs[op.id][position]
+    ]
     seen = set()
-    for op, position in c.uses:
-        if d.value_spec(c.operands[op.id][position]) == d.operand_specs[op.id][position]:
-            continue
-        change = layout_change(d, op, position)
-        flat = c.values[change.base]
-        for step, key in change.results():
-            if step.kind in COLLECTIVES and d.mesh.size(step.axes) > 1 and key not in seen:
-                seen.add(key)
-                use = CollectiveUse(
-                    step.kind, step.axes, step.payload_fraction * flat.num_bytes,
-                    op.operand_weights[position], str(flat.aval.dtype), op.id,
-                )  # fmt: skip
-                yield use, key[0], key[1:]
+    for results in (LayoutChange.results, LayoutChange.repeated):
+        for op, position, change in changes:
+            flat = c.values[change.base]
+            for step, key in results(change):
+                if step.kind in COLLECTIVES and d.mesh.size(step.axes) > 1 and key not in seen:
+                    seen.add(key)
+                    use = CollectiveUse(
+                        step.kind, step.axes, step.payload_fraction * flat.num_bytes,
+                        op.operand_weights[position], str(flat.aval.dtype), op.id,
+                    )  # fmt: skip
+                    yield use, key[0], key[1:]
     for op in c.ops:
         for value, spec, (axes, _) in zip(
             op.results, d.result_specs[op.id], d.resolved[op.id], strict=True

@@ -73,7 +73,8 @@ def predict(
     """Cost and memory by term.
 
     The integer program pays for every pair of layouts; a layout change that several readers share
-    runs once, so the step can be a little faster than the program's objective.
+    runs once, so the step can be a little faster than the program's objective. Where gathering
+    again repeats what a copy has gathered, it can be slower.
     """
     chosen = chosen_strategies(inputs, decisions)
     local_s = compute_s(inputs.work, chosen, decisions.mesh, prices)
