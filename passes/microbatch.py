@@ -7,7 +7,9 @@ that names the output; what is assumed is a note of the plan.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,13 +50,50 @@ class Microbatching:
         return self.num_microbatches > 1 or bool(self.loop_ops)
 
 
-def check_outputs(full: TracedStep, micro: TracedStep, count: int) -> tuple[str, ...]:
+@dataclass(frozen=True, eq=False)  # without slots, as what it shows is found once
+class TracedTwice:
+    """A step traced at two batch sizes, and what comparing the traces shows.
+
+    Attributes:
+      full: at the full batch size.
+      micro: at microbatch size.
+    """
+
+    full: TracedStep
+    micro: TracedStep
+
+    @functools.cached_property
+    def resized_inputs(self) -> frozenset[int]:
+        """Inputs of the microbatch trace that are smaller than those of the whole batch."""
+        full, micro = self.full.graph, self.micro.graph
+        pairs = zip(full.inputs, micro.inputs, strict=True)
+        return frozenset(b for a, b in pairs if full.values[a].shape != micro.values[b].shape)
+
+    @functools.cached_property
+    def loop_results(self) -> frozenset[int]:
+        """Values of the microbatch trace that the accumulation loop makes."""
+        graph = self.micro.graph
+        if len(graph.grad_regions) != 1:
+            return frozenset()  # `find_microbatch_loop` says so
+        members = _loop_ops(graph, self.resized_inputs)
+        return frozenset(r for op in graph.ops if op.id in members for r in op.results)
+
+    @functools.cached_property
+    def flow(self) -> BatchFlow | None:
+        """How values depend on the rows; None if the two traces differ in more than sizes."""
+        return batch_flow(self.full.graph, self.micro.graph, self.resized_inputs)
+
+
+def check_outputs(
+    full: TracedStep, micro: TracedStep, count: int, both: TracedTwice | None = None
+) -> tuple[str, ...]:
     """How each output leaf combines.
 
     Args:
       full: the step traced at the full batch size.
       micro: the same at microbatch size.
       count: number of microbatches.
+      both: these two traces, if they are compared elsewhere too.
 
     Returns:
       Per output `mean`, `sum`, `concatenate`, or `""` where nothing needs combining.
@@ -65,10 +104,11 @@ def check_outputs(full: TracedStep, micro: TracedStep, count: int) -> tuple[str,
     names = micro.graph.output_names
     if count == 1:
         return ("",) * len(names)
+    both = both or TracedTwice(full, micro)
     _check_update_reads(full, micro, count)
-    _check_update_is_same(full, micro, count)
-    from_loop = _loop_results(full, micro)
-    rows = from_loop | _resized_inputs(full, micro)
+    _check_update_is_same(both, count)
+    from_loop = both.loop_results
+    rows = from_loop | both.resized_inputs
     kinds = []
     for name, whole, part in zip(names, full.graph.outputs, micro.graph.outputs, strict=True):
         if isinstance(whole, Literal) or isinstance(part, Literal):
@@ -95,13 +135,14 @@ def check_outputs(full: TracedStep, micro: TracedStep, count: int) -> tuple[str,
                 "example nor independent of the batch size, so microbatches cannot be combined. "
                 "Drop it or use num_microbatches=1."
             )
-    _check_flow(_flow(full, micro), micro, from_loop, count)
+    _check_flow(both, count)
     return tuple(kinds)
 
 
 def combination_notes(
-    full: TracedStep, micro: TracedStep, kinds: tuple[str, ...], count: int
-) -> tuple[str, ...]:
+    full: TracedStep, micro: TracedStep, kinds: tuple[str, ...], count: int,
+    both: TracedTwice | None = None,
+) -> tuple[str, ...]:  # fmt: skip
     """What several microbatches assume, and how they were combined: notes for the plan.
 
     Args:
@@ -109,13 +150,14 @@ def combination_notes(
       micro: the same at microbatch size.
       kinds: how each output leaf combines, from `check_outputs`.
       count: number of microbatches.
+      both: these two traces, if they are compared elsewhere too.
     """
     if count == 1:
         return ()
-    from_loop = _loop_results(full, micro)
+    both = both or TracedTwice(full, micro)
     names: dict[str, list[str]] = {MEAN: [], SUM: [], CONCATENATE: []}
     for name, value, kind in zip(micro.graph.output_names, micro.graph.outputs, kinds, strict=True):
-        if kind and value in from_loop:
+        if kind and value in both.loop_results:
             names[kind].append(name)
     texts = {MEAN: "averaged", SUM: "summed", CONCATENATE: "put back in the order of the batch"}
     how = "; ".join(f"{texts[kind]}: {_some(found)}" for kind, found in names.items() if found)
@@ -124,7 +166,7 @@ def combination_notes(
         "are averaged; a loss that is a sum would be too small, and statistics such as those of "
         f"batch norm are of one microbatch. {how}".rstrip(". ")
     ]
-    flow = _flow(full, micro)
+    flow = both.flow
     if flow is None:
         notes.append(
             "the step is not traced alike for the batch and for a microbatch: whether its outputs "
@@ -149,13 +191,10 @@ def _some(names: list[str]) -> str:
 _NAMES_IN_NOTES = 8
 
 
-def _flow(full: TracedStep, micro: TracedStep) -> BatchFlow | None:
-    return batch_flow(full.graph, micro.graph, _resized_inputs(full, micro))
-
-
-def _check_flow(flow: BatchFlow | None, micro: TracedStep, from_loop: set[int], count: int) -> None:
+def _check_flow(both: TracedTwice, count: int) -> None:
     """Nothing leaves the loop that comes from the rows in a way that cannot be combined."""
-    if flow is None or not from_loop:
+    micro, flow = both.micro, both.flow
+    if flow is None or not both.loop_results:
         return
     if flow.twice:
         op = flow.twice[0]
@@ -170,7 +209,7 @@ def _check_flow(flow: BatchFlow | None, micro: TracedStep, from_loop: set[int], 
     if region.loss is not None:
         named[region.loss] = "the loss"
     for name, value in zip(micro.graph.output_names, micro.graph.outputs, strict=True):
-        if not isinstance(value, Literal) and value in from_loop:
+        if not isinstance(value, Literal) and value in both.loop_results:
             named[value] = f"output {name}"
     for value, what in named.items():
         problem = flow.flows[value].problem() if value in flow.flows else ""
@@ -179,20 +218,6 @@ def _check_flow(flow: BatchFlow | None, micro: TracedStep, from_loop: set[int], 
                 f"{what} cannot be combined over {count} microbatches: {problem}, or use "
                 "num_microbatches=1."
             )
-
-
-def _loop_results(full: TracedStep, micro: TracedStep) -> set[int]:
-    """Values of the microbatch trace that the accumulation loop makes."""
-    if len(micro.graph.grad_regions) != 1:
-        return set()  # `find_microbatch_loop` says so
-    members = _loop_ops(micro.graph, _resized_inputs(full, micro))
-    return {r for op in micro.graph.ops if op.id in members for r in op.results}
-
-
-def _resized_inputs(full: TracedStep, micro: TracedStep) -> set[int]:
-    """Inputs of the microbatch trace that are smaller than those of the whole batch."""
-    pairs = zip(full.graph.inputs, micro.graph.inputs, strict=True)
-    return {b for a, b in pairs if full.graph.values[a].shape != micro.graph.values[b].shape}
 
 
 def _check_update_reads(full: TracedStep, micro: TracedStep, count: int) -> None:
@@ -213,12 +238,13 @@ def _check_update_reads(full: TracedStep, micro: TracedStep, count: int) -> None
                 )
 
 
-def _check_update_is_same(full: TracedStep, micro: TracedStep, count: int) -> None:
+def _check_update_is_same(both: TracedTwice, count: int) -> None:
     """The update may not know the batch size: it runs once, but is traced at microbatch size."""
+    full, micro = both.full, both.micro
     if not len(full.graph.grad_regions) == len(micro.graph.grad_regions) == 1:
         return  # `find_microbatch_loop` says so
     (whole,), (part,) = full.graph.grad_regions, micro.graph.grad_regions
-    batch = _resized_inputs(full, micro)
+    batch = both.resized_inputs
     after = full.graph.ops[whole.last_op :], micro.graph.ops[part.last_op :]
     for a, b in itertools.zip_longest(*after):
         if b is not None and batch & set(b.operand_ids):
@@ -304,7 +330,7 @@ def find_microbatch_loop(
     )
 
 
-def _loop_ops(graph: Graph, batch: set[int]) -> set[int]:
+def _loop_ops(graph: Graph, batch: Set[int]) -> set[int]:
     """Ops that differ from microbatch to microbatch: they read the batch, or random keys.
 
     What the loss function computes from neither (casts of parameters, counters) runs once.

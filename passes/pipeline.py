@@ -44,7 +44,12 @@ from alpa_lite.passes.decisions import Decisions, decide
 from alpa_lite.passes.memory import analyse_liveness
 from alpa_lite.passes.meshes import candidate_meshes, name_axes
 from alpa_lite.passes.methods import Method
-from alpa_lite.passes.microbatch import check_outputs, combination_notes, find_microbatch_loop
+from alpa_lite.passes.microbatch import (
+    TracedTwice,
+    check_outputs,
+    combination_notes,
+    find_microbatch_loop,
+)
 from alpa_lite.passes.plan import Alternative, Plan
 from alpa_lite.passes.pricing import count_work
 from alpa_lite.passes.program import Program, build_program
@@ -123,9 +128,10 @@ def _plan_step(
         try:
             traced = trace_call(call, count)
             full = full or (traced if count == 1 else trace_call(call, 1))
-            kinds = check_outputs(full, traced, count)
+            both = TracedTwice(full, traced)
+            kinds = check_outputs(full, traced, count, both)
             contraction, inputs = prepare(traced, call, count, method, cluster, table)
-            notes = combination_notes(full, traced, kinds, count)
+            notes = combination_notes(full, traced, kinds, count, both)
             inputs = replace(inputs, notes=(*notes, *inputs.notes))
         except StepError:
             if failure is None:

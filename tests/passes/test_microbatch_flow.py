@@ -10,6 +10,7 @@ import pytest
 
 import alpa_lite
 from alpa_lite.errors import InfeasibleError, StepError
+from alpa_lite.passes import microbatch, microbatch_flow
 
 ROWS, WIDTH = 16, 8
 X = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
@@ -50,6 +51,19 @@ def refuse(step: Any, message: str, state: Any = None) -> None:
     assert plan_of(step, state, count=1).num_microbatches == 1
     with pytest.raises(StepError, match=message):
         plan_of(step, state)
+
+
+def test_the_flow_is_followed_once_per_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def counted(*args: Any) -> Any:
+        found.append(microbatch_flow.batch_flow(*args))
+        return found[-1]
+
+    monkeypatch.setattr(microbatch, "batch_flow", counted)
+    plan = plan_of(step_with(lambda state, x, out: ({}, jnp.mean(out))))
+    assert any("the loss is taken to be a mean" in note for note in plan.notes)
+    assert len(found) == 1 and found[0] is not None
 
 
 def aux(make: Any) -> Any:
