@@ -262,30 +262,23 @@ class ParallelStep:
     def _make_plan(
         self, step: StepArgs, progress: Progress | None
     ) -> PlannedStep | PlannedPipeline:
-        method, given, table = self._method, self._given_plan, self._rules
-        if isinstance(given, PipelinePlan):
-            return self._make_pipeline(step, progress)
-        if given is not None:
-            return restore(given, step, method, table=table)
-        if isinstance(method, PipelineMethod):
-            return self._make_pipeline(step, progress)
-        cluster = self._cluster or attached_cluster()
-        return plan_step(step, method, cluster, table=table, progress=progress)
-
-    def _make_pipeline(self, step: StepArgs, progress: Progress | None) -> PlannedPipeline:
         """In several processes: planned by one of them, and compared."""
-        method = self._method if isinstance(self._method, PipelineMethod) else PipelineMethod()
-        given, table, group = self._given_plan, self._rules, process_group()
+        method, given, table, group = self._method, self._given_plan, self._rules, process_group()
+        staged = method if isinstance(method, PipelineMethod) else PipelineMethod()
 
-        def search() -> PlannedPipeline:
+        def search() -> PlannedStep | PlannedPipeline:
             cluster = self._cluster or attached_cluster()
-            return plan_pipeline(step, method, cluster, table=table, progress=progress)
+            if isinstance(method, PipelineMethod):
+                return plan_pipeline(step, method, cluster, table=table, progress=progress)
+            return plan_step(step, method, cluster, table=table, progress=progress)
 
-        def rebuild(plan: PipelinePlan) -> PlannedPipeline:
-            return restore_pipeline(plan, step, method, table=table)
+        def rebuild(plan: Plan | PipelinePlan) -> PlannedStep | PlannedPipeline:
+            if isinstance(plan, PipelinePlan):
+                return restore_pipeline(plan, step, staged, table=table)
+            return restore(plan, step, method, table=table)
 
-        def make() -> PlannedPipeline:
-            if isinstance(given, PipelinePlan):
+        def make() -> PlannedStep | PlannedPipeline:
+            if given is not None:
                 return rebuild(given)
             return search() if group is None else plan_once(group, search, rebuild)
 

@@ -30,9 +30,17 @@ def load_plan(path: str | Path) -> Plan | PipelinePlan:
     Raises:
       PlanError: the file is not a valid plan; says which field and why.
     """
-    data = read_plan_file(path)
+    return plan_from_json(read_plan_file(path), where=str(path))
+
+
+def plan_from_json(data: Any, *, where: str = "plan") -> Plan | PipelinePlan:
+    """Check and build a plan of either kind.
+
+    Raises:
+      PlanError: it is not a valid plan; says which field and why.
+    """
     staged = isinstance(data, dict) and data.get("format") == FORMAT
-    return (PipelinePlan if staged else Plan).from_json(data, where=str(path))
+    return (PipelinePlan if staged else Plan).from_json(data, where=where)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

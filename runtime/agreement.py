@@ -17,12 +17,15 @@ from typing import Any, TypeVar
 import jax
 
 from alpa_lite.errors import InfeasibleError, PlanError, SolverTimeoutError, StepError
-from alpa_lite.passes.pipeline_plan import PipelinePlan
+from alpa_lite.passes.pipeline import PlannedStep
+from alpa_lite.passes.pipeline_plan import PipelinePlan, plan_from_json
 from alpa_lite.passes.pipeshard import PlannedPipeline
+from alpa_lite.passes.plan import Plan
 from alpa_lite.passes.report import versions
 from alpa_lite.runtime.group import ProcessGroup
 
 T = TypeVar("T")
+Planned = PlannedStep | PlannedPipeline
 
 _TIMINGS = frozenset({"wall_s"})
 """Fields of a plan that say how long planning took."""
@@ -31,9 +34,9 @@ _TOPIC = "agreement"
 
 
 def plan_once(
-    group: ProcessGroup, search: Callable[[], PlannedPipeline],
-    rebuild: Callable[[PipelinePlan], PlannedPipeline],
-) -> PlannedPipeline:  # fmt: skip
+    group: ProcessGroup, search: Callable[[], Planned],
+    rebuild: Callable[[Plan | PipelinePlan], Planned],
+) -> Planned:  # fmt: skip
     """Plan in process 0, and rebuild its plan in the others; within `agreed`.
 
     Args:
@@ -51,7 +54,7 @@ def plan_once(
             kinds = {c.__name__: c for c in (InfeasibleError, SolverTimeoutError, StepError)}
             kind = kinds.get(found["error"], PlanError)
             raise kind(f"process 0 could not plan: {found['error']}: {found['text']}")
-        return rebuild(PipelinePlan.from_json(found["plan"]))
+        return rebuild(plan_from_json(found["plan"]))
     try:
         made = search()
     except Exception as error:
@@ -87,7 +90,7 @@ def agreed(
     return made
 
 
-def plan_facts(plan: PipelinePlan) -> dict[str, str]:
+def plan_facts(plan: Plan | PipelinePlan) -> dict[str, str]:
     """Hashes of a plan's fields, without how long planning took."""
     fields = _without_timings(plan.to_json())
     return {f"{name} of the plan": _digest(value) for name, value in fields.items()}

@@ -113,8 +113,8 @@ def test_init_of_another_shape_or_dtype_is_refused(leaf: jax.Array, found: str) 
 
 @pytest.mark.parametrize("given", ["plan.json", {"format": "alpa-lite-plan"}, 3])
 def test_a_plan_that_is_not_one_is_refused_at_once(given: Any) -> None:
-    reader = "from_json" if isinstance(given, dict) else "load"
-    with pytest.raises(TypeError, match=rf"plan must be a Plan, found .*Plan\.{reader}\("):
+    reader = "Plan.from_json" if isinstance(given, dict) else "load_plan"
+    with pytest.raises(TypeError, match=rf"plan must be a Plan, found .*alpa_lite\.{reader}\("):
         alpa_lite.parallelize(step, plan=given)
 
 

@@ -64,6 +64,7 @@ def test_two_processes_with_a_device_each(tmp_path):
         (2, 4, "uneven"),  # the second stage on half of each process
         (2, 4, "gpt"),
         (4, 2, "scan"),  # stacked parameters on all processes
+        (2, 4, "one stage"),
     ],
 )
 def test_same_as_in_one_process(num_processes, devices, case, tmp_path):
