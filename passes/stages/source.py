@@ -83,6 +83,7 @@ class CutStep:
 def layer_step(
     call: StepArgs, num_microbatches: int, layer_num: int | Literal["auto"] = "auto",
     num_pieces: int = 1, table: RuleTable | None = None,
+    full_batch: tuple[TracedStep, Any] | None = None,
 ) -> LayeredStep:  # fmt: skip
     """Trace a step for a pipeline.
 
@@ -92,15 +93,16 @@ def layer_step(
       layer_num: how many layers.
       num_pieces: into how many pieces a scan over layers is cut; each is one layer then.
       table: sharding rules found so far.
+      full_batch: `trace_step(call, 1)`, if it is there already.
 
     Raises:
       StepError: the step does not keep the contract, has no captured gradient, or cannot be cut
         into microbatches or layers.
     """
-    whole, closed = _trace(call, 1)
+    whole, closed = full_batch or trace_step(call, 1)
     traced = whole
     if num_microbatches > 1:
-        traced, closed = _trace(call, num_microbatches)
+        traced, closed = trace_step(call, num_microbatches)
     aliases = state_aliases(traced, call.donate_argnums)
     if not aliases:
         raise StepError(
@@ -155,7 +157,8 @@ def _shapes(avals: Sequence[Any]) -> list[tuple[int, ...]]:
     return [tuple(a.shape) for a in avals]
 
 
-def _trace(call: StepArgs, num_microbatches: int) -> tuple[TracedStep, Any]:
+def trace_step(call: StepArgs, num_microbatches: int) -> tuple[TracedStep, Any]:
+    """The step at microbatch size with its gradient one op, and the closed jaxpr of that."""
     args = call.args
     if num_microbatches > 1:
         args = split_batch(args, call.batch_argnums, num_microbatches)
