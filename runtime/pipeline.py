@@ -203,6 +203,10 @@ def _compile(
     positions = tuple(i for i in range(len(names)) if i not in rows)
     first = {p: s for p, s, _ in reversed(program.arguments)}
     state = state_shardings(pipeline, meshes)
+    for position, output in source.names.aliases.items():
+        # The same object: that the state lies where the next call wants it is then seen at once.
+        if part.results[output][1] == state.get(position):
+            state[position] = part.results[output][1]
     replicated = NamedSharding(meshes[0], PartitionSpec())
     shardings = tuple(
         leaves.inputs[i].whole
