@@ -1,6 +1,6 @@
 """The collectives of a plan against those of the program that XLA compiled from it.
 
-    python -m benchmarks.collectives [--models gpt-test,mlp-test]
+    python -m benchmarks.collectives [--quick] [--only gpt-test mlp-test]
 
 Every test preset is planned by every method on 8 virtual CPU devices and compiled; nothing is run.
 Bytes per collective kind and mesh axes come from `Plan.predicted.collectives` on one side, from the
@@ -11,12 +11,12 @@ Writes `results/collectives.json`, unless models were selected.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import time
 from typing import Any
 
 from alpa_lite.virtual_devices import configure_virtual_cpu_devices
+from benchmarks.options import parse_options
 from benchmarks.results_table import Column, ResultsTable, describe_environment
 
 NUM_DEVICES = 8
@@ -161,16 +161,13 @@ def compare(model: str, name: str, method: Any, cluster: Any) -> Comparison:
 
 def main() -> None:
     """Compare all cases, print and save the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", help="comma-separated presets; all test presets by default")
-    options = parser.parse_args()
     configure_virtual_cpu_devices(NUM_DEVICES)
     from alpa_lite.models import presets
 
-    tests = [p for p in presets() if p.endswith("-test")]
+    options = parse_options(__doc__, [p for p in presets() if p.endswith("-test")])
     cluster = sharding_pays()
     rows = []
-    for model in options.models.split(",") if options.models else tests:
+    for model in options.chosen:
         for name, method in methods():
             begun = time.perf_counter()
             found = compare(model, name, method, cluster)
@@ -180,7 +177,7 @@ def main() -> None:
                 left = predicted - found.saved.get(key, 0.0)
                 if relative_difference(left, compiled) > SAME:
                     print("     ", key, predicted, left, compiled)
-    if not options.models:
+    if options.save:
         ResultsTable(
             title="Collectives of plans and of their compiled programs, per device and step",
             command="python -m benchmarks.collectives",

@@ -1,14 +1,13 @@
 """How long planning takes, where the time goes, and how it grows.
 
-    python -m benchmarks.planning_time [--quick] [--profile CASE]
+    python -m benchmarks.planning_time [--quick] [--only CASE ...] [--profile CASE]
 
 Each case runs in a process of its own, so that its peak memory is its own and nothing is cached.
-Seconds include tracing. Writes `results/planning_time.json`.
+Seconds include tracing; on a machine with other work to do, those of the CPU say more. Writes `results/planning_time.json`.
 """
 
 from __future__ import annotations
 
-import argparse
 import cProfile
 import json
 import pstats
@@ -16,9 +15,10 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.options import parse_options
 from benchmarks.results_table import Column, ResultsTable, describe_environment
 
 
@@ -81,12 +81,12 @@ def run_case(case: Case) -> dict[str, Any]:
     method = alpa_lite.AutoParallel(mesh_shape=case.mesh)
     step = alpa_lite.parallelize(setup.step, method=method, cluster=case.cluster)
     state, batch = setup.state_shapes(), setup.batch_shapes(case.batch_size)
-    begun = time.perf_counter()
+    begun, cpu_begun = time.perf_counter(), time.process_time()
     marks: list[tuple[str, float]] = []
     plan = step.plan(
         state, batch, progress=lambda what, done: marks.append((what, time.perf_counter()))
     )
-    finished = time.perf_counter()
+    finished, cpu_finished = time.perf_counter(), time.process_time()
     first_solve = next(t for what, t in marks if what.startswith("solving"))
     return {
         "import_s": imported - started,
@@ -94,6 +94,7 @@ def run_case(case: Case) -> dict[str, Any]:
         "trace_and_contract_s": first_solve - begun,
         "solve_s": finished - first_solve,
         "plan_s": finished - begun,
+        "plan_cpu_s": cpu_finished - cpu_begun,
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
         "num_decisions": plan.solve.num_decisions,
         "num_strategies": plan.solve.num_strategies,
@@ -107,7 +108,7 @@ def run_case(case: Case) -> dict[str, Any]:
 
 def run_apart(case: Case) -> dict[str, Any]:
     """Plan once, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.planning_time", "--one", json.dumps(asdict(case))]
+    command = [sys.executable, "-m", "benchmarks.planning_time", "--here", case.name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{case.name} failed:\n{done.stderr[-2000:]}")
@@ -123,24 +124,22 @@ def profile_case(case: Case) -> None:
 
 def main() -> None:
     """Run all cases, print and save the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="only the first case")
-    parser.add_argument("--profile", metavar="CASE", help="profile one case instead")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        data = json.loads(options.one)
-        mesh = tuple(data["mesh"]) if data["mesh"] else None
-        print(json.dumps(run_case(Case(**{**data, "mesh": mesh}))))
+    options = parse_options(
+        __doc__, [c.name for c in CASES], profile="profile this case instead",
+        here="plan this case in this process and print what was measured",
+    )  # fmt: skip
+    by_name = {case.name: case for case in CASES}
+    if options.more["here"]:
+        print(json.dumps(run_case(by_name[options.more["here"]])))
         return
-    if options.profile:
-        profile_case(next(c for c in CASES if c.name == options.profile))
+    if options.more["profile"]:
+        profile_case(by_name[options.more["profile"]])
         return
     rows = []
-    for case in CASES[:1] if options.quick else CASES:
+    for case in (by_name[name] for name in options.chosen):
         rows.append({"case": case.name, "limit_s": case.limit_s, **run_apart(case)})
         print(rows[-1], flush=True)
-    if not options.quick:
+    if options.save:
         keys = {c.key for c in COLUMNS}
         ResultsTable(
             title="Planning time, one process per case, tracing included",
@@ -155,6 +154,7 @@ COLUMNS = (
     Column("case", "Case"),
     Column("plan_s", "Plan s", ".1f"),
     Column("limit_s", "Promised s", "g"),
+    Column("plan_cpu_s", "CPU s", ".1f"),
     Column("trace_and_contract_s", "Trace and contract s", ".1f"),
     Column("solve_s", "Price and solve s", ".1f"),
     Column("peak_rss_gb", "Peak memory GB", ".2f"),

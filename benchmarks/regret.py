@@ -1,6 +1,6 @@
 """How far the chosen plan is from the best one, measured; and how well predictions rank plans.
 
-    python -m benchmarks.regret [--quick] [--models gpt,moe] [--cluster FILE]
+    python -m benchmarks.regret [--quick] [--only gpt moe] [--cluster FILE]
 
 On 8 virtual CPU devices: the cluster is calibrated, every model is planned by many methods and laid
 out by hand in the usual ways, all losses are checked against one device, and all programs are timed
@@ -11,7 +11,6 @@ unless models were selected.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
 import os
@@ -23,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpa_lite.virtual_devices import configure_virtual_cpu_devices
+from benchmarks.options import parse_options
 from benchmarks.results_table import Column, ResultsTable, describe_environment
 
 NUM_DEVICES = 8
@@ -294,22 +294,20 @@ def _copy(x: Any, sharding: Any) -> Any:
 
 def main() -> None:
     """Measure all models, print and save both tables."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one model, few rounds, nothing saved")
-    parser.add_argument("--models", help="comma-separated names, nothing saved")
-    parser.add_argument("--cluster", help="a calibrated cluster file instead of calibrating")
-    options = parser.parse_args()
+    options = parse_options(
+        __doc__, [m.name for m in MODELS], cluster="a calibrated cluster file, not to calibrate"
+    )
     configure_virtual_cpu_devices(NUM_DEVICES)
     import alpa_lite
 
-    if options.cluster:
-        cluster = alpa_lite.Cluster.load(options.cluster)
+    if options.more["cluster"]:
+        cluster = alpa_lite.Cluster.load(options.more["cluster"])
     else:
         cluster = alpa_lite.calibrate(quick=options.quick)
-    names = options.models.split(",") if options.models else [m.name for m in MODELS]
-    chosen = [m for m in MODELS if m.name in names][: 1 if options.quick else None]
     summaries, plans = [], []
-    for model in chosen:
+    for model in MODELS:
+        if model.name not in options.chosen:
+            continue
         load = os.getloadavg()[0]
         summary, rows = run_model(model, cluster, QUICK_ROUNDS if options.quick else ROUNDS)
         print(f"load before {load:.1f}; {summary}", flush=True)
@@ -317,7 +315,7 @@ def main() -> None:
             print("   ", _shown(row), flush=True)
         summaries.append(summary)
         plans += rows
-    if options.quick or options.models:
+    if not options.save:
         return
     shared = {
         "command": "python -m benchmarks.regret",

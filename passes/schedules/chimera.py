@@ -17,7 +17,7 @@ microbatches (a unit) tile 2 D slots without a gap, so the next unit starts 2 D 
 from __future__ import annotations
 
 from .placement import reverse, straight
-from .task import BACKWARD, FORWARD, Schedule, Task
+from .task import BACKWARD, FORWARD, Schedule, Task, check_counts
 
 
 def make_chimera(num_meshes: int, num_microbatches: int) -> Schedule:
@@ -30,7 +30,7 @@ def make_chimera(num_meshes: int, num_microbatches: int) -> Schedule:
     Raises:
       ValueError: one of them is odd.
     """
-    check_even("chimera", num_meshes, num_microbatches)
+    check_counts("chimera", {"meshes": num_meshes, "microbatches": num_microbatches}, even=True)
     placements = (straight(num_meshes), reverse(num_meshes))
     pipeline_of = tuple(microbatch % 2 for microbatch in range(num_microbatches))
     slots: list[dict[int, Task]] = [{} for _ in range(num_meshes)]
@@ -43,17 +43,3 @@ def make_chimera(num_meshes: int, num_microbatches: int) -> Schedule:
             slots[mesh][back] = Task(BACKWARD, stage, microbatch)
     tasks = tuple(tuple(by_slot[slot] for slot in sorted(by_slot)) for by_slot in slots)
     return Schedule("chimera", placements, pipeline_of, tasks)
-
-
-def check_even(name: str, num_meshes: int, num_microbatches: int) -> None:
-    """Refuse what a bidirectional schedule cannot halve.
-
-    Raises:
-      ValueError: an odd number of meshes or microbatches.
-    """
-    for what, number in (("meshes", num_meshes), ("microbatches", num_microbatches)):
-        if number % 2:
-            raise ValueError(
-                f"{name} runs two pipelines in opposite directions, so the number of {what} must "
-                f"be even, found {number}; use {number + 1}, or a schedule of one direction"
-            )

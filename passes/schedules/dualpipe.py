@@ -14,9 +14,8 @@ could be better without the Dual"). Both follow the steps of github.com/deepseek
 
 from __future__ import annotations
 
-from .chimera import check_even
 from .placement import reverse, straight, v_shape
-from .task import Schedule, Task
+from .task import Schedule, Task, check_counts
 from .task_list import TaskList
 
 
@@ -41,7 +40,7 @@ def make_dualpipe(num_meshes: int, num_microbatches: int) -> Schedule:
     Raises:
       ValueError: one of them is odd.
     """
-    check_even("dualpipe", num_meshes, num_microbatches)
+    check_counts("dualpipe", {"meshes": num_meshes, "microbatches": num_microbatches}, even=True)
     half = num_meshes // 2
     placements = (straight(num_meshes), reverse(num_meshes))
     pipeline_of = tuple(microbatch % 2 for microbatch in range(num_microbatches))

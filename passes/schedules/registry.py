@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from . import bubble, in_flight
-from .chimera import check_even, make_chimera
+from .chimera import make_chimera
 from .dualpipe import make_dualpipe, make_dualpipev
 from .gpipe import make_gpipe
 from .inference import make_inference
 from .interleaved import make_interleaved_1f1b
 from .one_f_one_b import make_1f1b, make_eager_1f1b
-from .task import Schedule
+from .task import Schedule, check_counts
 from .zero_bubble import make_zb_h1, make_zbv
 
 
@@ -169,17 +169,11 @@ def check_shape(name: str, num_meshes: int, num_microbatches: int, num_virtual: 
       ValueError: see `make_schedule`.
     """
     family = SCHEDULES[name]
-    for what, number in (
-        ("meshes", num_meshes),
-        ("microbatches", num_microbatches),
-        ("stages per mesh", num_virtual),
-    ):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name} needs a number of {what} from 1 on, found {number!r}")
+    counts = {"meshes": num_meshes, "microbatches": num_microbatches}
+    check_counts(name, counts, even=family.even)
+    check_counts(name, {"stages per mesh": num_virtual})
     if family.num_virtual not in (None, num_virtual):
         raise ValueError(
             f"{name} has {family.num_virtual} stage(s) per mesh, found num_virtual={num_virtual}; "
             "leave it out, or use interleaved_1f1b, which takes any"
         )
-    if family.even:
-        check_even(name, num_meshes, num_microbatches)

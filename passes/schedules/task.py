@@ -11,6 +11,7 @@ The step's end (gradient synchronisation, optimizer update) is no task: see `tim
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 FORWARD = "forward"
@@ -38,6 +39,27 @@ class Task:
 
     def __str__(self) -> str:
         return f"{self.kind} of stage {self.stage}, microbatch {self.microbatch}"
+
+
+def check_counts(name: str, counts: Mapping[str, int], *, even: bool = False) -> None:
+    """Refuse numbers of which there is no schedule.
+
+    Args:
+      name: of the schedule.
+      counts: how many of what.
+      even: whether they must be even, as for two pipelines in opposite directions.
+
+    Raises:
+      ValueError: a count is not a positive integer, or odd where it must be even.
+    """
+    for what, number in counts.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} needs a number of {what} from 1 on, found {number!r}")
+        if even and number % 2:
+            raise ValueError(
+                f"{name} runs two pipelines in opposite directions, so the number of {what} must "
+                f"be even, found {number}; use {number + 1}, or a schedule of one direction"
+            )
 
 
 @dataclass(frozen=True, slots=True)
