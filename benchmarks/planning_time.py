@@ -3,7 +3,8 @@
     python -m benchmarks.planning_time [--quick] [--only CASE ...] [--profile CASE]
 
 Each case runs in a process of its own, so that its peak memory is its own and nothing is cached.
-Seconds include tracing; on a machine with other work to do, those of the CPU say more. Writes `results/planning_time.json`.
+Seconds include tracing; on a machine with other work to do, those of the CPU say more.
+Writes `results/planning_time.json`.
 """
 
 from __future__ import annotations
