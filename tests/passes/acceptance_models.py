@@ -21,7 +21,7 @@ Shapes = dict[str, jax.ShapeDtypeStruct]
 
 
 def four_devices(*, slow_first_axis: bool = False, prefer_reduce_scatter: bool = False) -> Cluster:
-    """Four devices whose plans differ in communication only; see `test_acceptance`."""
+    """Four devices whose plans differ in communication only; see `acceptance`."""
     device = DeviceSpec(
         name="communication-only", flops_per_s={"float32": 1e9}, matmul_efficiency=1.0,
         hbm_bytes=2**40, hbm_bytes_per_s=1e17, hbm_efficiency=1.0, op_overhead_s=0.0,
