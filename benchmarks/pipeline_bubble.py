@@ -31,6 +31,7 @@ import jax
 
 import alpa_lite
 from alpa_lite.passes.schedules import (
+    BACKWARD_INPUT,
     FORWARD,
     Task,
     TaskTimes,
@@ -43,28 +44,25 @@ from benchmarks.results_table import Column
 
 NUM_MESHES = 4
 NUM_MICROBATCHES = 8
-CASES = (("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("zb-h1", 1))
-FORWARD_S = 0.04  # of all stages of a mesh together; a backward takes twice as long
-TRANSFER_S = 0.002
+SCHEDULES = {"gpipe": 1, "1f1b": 1, "interleaved_1f1b": 2, "zb-h1": 1}  # to stages per mesh
+FORWARD_S = 0.1  # of all stages of a mesh together; a backward takes twice as long
+TRANSFER_S = 0.005
 UNEVEN = (1.0, 1.4, 0.8, 1.2)  # of the stages of each mesh, against the mean
 STEPS = 5
 
 
-def measure_all(*, quick: bool = False) -> list[dict[str, Any]]:
-    """A row per schedule, with equal and with uneven stages."""
+def measure_schedule(schedule: str) -> list[dict[str, Any]]:
+    """A row with equal and one with uneven stages."""
+    num_virtual = SCHEDULES[schedule]
+    model = Model(
+        num_stages=NUM_MESHES * num_virtual, leaves_per_stage=4, num_microbatches=NUM_MICROBATCHES
+    )
+    parallel = alpa_lite.parallelize(model.step, method=model.method(2, schedule, num_virtual))
+    executable = parallel.compile(model.init(), model.batch())
     rows = []
-    for schedule, num_virtual in CASES[1:2] if quick else CASES:
-        model = Model(
-            num_stages=NUM_MESHES * num_virtual, leaves_per_stage=4,
-            num_microbatches=NUM_MICROBATCHES,
-        )  # fmt: skip
-        method = model.method(2, schedule, num_virtual)
-        parallel = alpa_lite.parallelize(model.step, method=method)
-        executable = parallel.compile(model.init(), model.batch())
-        for name, shares in (("equal", (1.0,) * NUM_MESHES), ("uneven", UNEVEN)):
-            times = task_times(executable, shares)
-            row = measure(executable, model, times, 1 if quick else STEPS)
-            rows.append({"schedule": schedule, "stages": name, **row})
+    for name, shares in (("equal", (1.0,) * NUM_MESHES), ("uneven", UNEVEN)):
+        row = measure(executable, model, task_times(executable, shares), STEPS)
+        rows.append({"schedule": schedule, "stages": name, **row})
     return rows
 
 
@@ -75,15 +73,17 @@ def task_times(executable: PipelineExecutable, shares: Sequence[float]) -> TaskT
       executable: for its schedule.
       shares: per mesh, how long its tasks take against the mean.
     """
-    schedule = executable.pipeline.schedule
-    homes = schedule.placements[0]
+    homes = executable.pipeline.schedule.placements[0]
     each_s = [FORWARD_S * shares[m] / homes.count(m) for m in homes]
     links = [TRANSFER_S * (a != b) for a, b in itertools.pairwise(homes)]
+    tasks = [i.task for i in executable.program.instructions if i.task is not None]
+    # Nobody waits for the first stage: all of its backward pass is in the weight part.
+    split = {t.stage for t in tasks if t.kind == BACKWARD_INPUT}
     return TaskTimes(
         forward_s=tuple(each_s),
         backward_s=tuple(2 * s for s in each_s),
-        backward_input_s=tuple(each_s),
-        backward_weight_s=tuple(each_s),
+        backward_input_s=tuple(s * (i in split) for i, s in enumerate(each_s)),
+        backward_weight_s=tuple(s * (1 if i in split else 2) for i, s in enumerate(each_s)),
         forward_transfer_s=tuple(links),
         backward_transfer_s=tuple(links),
     )

@@ -1,6 +1,6 @@
 """What the pipeline runtime costs: against a loop written by hand, in memory, and in bubbles.
 
-    python -m benchmarks.pipeline_overhead [--quick] [--parts overhead,memory,bubble]
+    python -m benchmarks.pipeline_overhead [--quick] [--only overhead-10 memory bubble-1f1b]
 
 On 8 virtual CPU devices.
 
@@ -20,7 +20,6 @@ Writes `results/pipeline_overhead.json`, `pipeline_memory.json` and `pipeline_bu
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import random
@@ -31,6 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alpa_lite.virtual_devices import configure_virtual_cpu_devices
+from benchmarks.options import parse_options
 from benchmarks.results_table import Column, ResultsTable, describe_environment
 
 NUM_DEVICES = 8
@@ -38,7 +38,6 @@ LEAVES = (10, 100, 500)
 ROUNDS = 15
 QUICK_ROUNDS = 3
 BARE_CALLS = 10
-PARTS = ("overhead", "memory", "bubble")
 
 
 @dataclass(slots=True, eq=False)
@@ -230,34 +229,28 @@ def save(name: str, title: str, columns: Sequence[Column], rows: Sequence[dict[s
 
 def main() -> None:
     """Measure, print and save."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="few cases and rounds, nothing saved")
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of overhead,memory,bubble")
-    options = parser.parse_args()
-    parts = options.parts.split(",")
-    if unknown := set(parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
     configure_virtual_cpu_devices(NUM_DEVICES)
-    from benchmarks import pipeline_bubble, pipeline_memory
+    from benchmarks import pipeline_bubble as bubble
+    from benchmarks import pipeline_memory as memory
 
-    if "overhead" in parts:
-        rows = []
-        for leaves in LEAVES[:1] if options.quick else LEAVES:
-            load = os.getloadavg()[0]
-            rows.append(measure_overhead(leaves, QUICK_ROUNDS if options.quick else ROUNDS))
-            print(f"load before {load:.1f}; {rows[-1]}", flush=True)
-        if not options.quick:
-            save("pipeline_overhead", OVERHEAD_TITLE, OVERHEAD_COLUMNS, rows)
-    if "memory" in parts:
-        rows = pipeline_memory.measure_all()
-        print(*rows, sep="\n", flush=True)
-        if not options.quick:
-            save("pipeline_memory", pipeline_memory.TITLE, pipeline_memory.COLUMNS, rows)
-    if "bubble" in parts:
-        rows = pipeline_bubble.measure_all(quick=options.quick)
-        print(*rows, sep="\n", flush=True)
-        if not options.quick:
-            save("pipeline_bubble", pipeline_bubble.TITLE, pipeline_bubble.COLUMNS, rows)
+    overheads = {f"overhead-{n}": n for n in LEAVES}
+    bubbles = {f"bubble-{schedule}": schedule for schedule in bubble.SCHEDULES}
+    options = parse_options(__doc__, [*overheads, "memory", *bubbles])
+    tables: dict[str, list[dict[str, Any]]] = {"overhead": [], "memory": [], "bubble": []}
+    for name in options.chosen:
+        load = os.getloadavg()[0]
+        if name in overheads:
+            found = [measure_overhead(overheads[name], QUICK_ROUNDS if options.quick else ROUNDS)]
+        elif name in bubbles:
+            found = bubble.measure_schedule(bubbles[name])
+        else:
+            found = memory.measure_all()
+        print(f"load before {load:.1f}", *found, sep="\n  ", flush=True)
+        tables[name.split("-")[0]] += found
+    if options.save:
+        save("pipeline_overhead", OVERHEAD_TITLE, OVERHEAD_COLUMNS, tables["overhead"])
+        save("pipeline_memory", memory.TITLE, memory.COLUMNS, tables["memory"])
+        save("pipeline_bubble", bubble.TITLE, bubble.COLUMNS, tables["bubble"])
 
 
 OVERHEAD_TITLE = (
