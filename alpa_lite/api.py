@@ -40,6 +40,7 @@ def parallelize(
     batch_argnums: Sequence[int] = (1,),
     donate_argnums: Sequence[int] = (0,),
     static_argnums: Sequence[int] = (),
+    static_argnames: str | Sequence[str] = (),
     plan: Plan | PipelinePlan | None = None,
 ) -> Any:
     """Plan a train step for a cluster and run it sharded.
@@ -65,11 +66,13 @@ def parallelize(
       donate_argnums: state arguments, returned first and updated in place; `()` for a function
         that returns no state.
       static_argnums: hashable arguments that are compile-time constants.
+      static_argnames: further ones by name, such as keyword-only ones.
       plan: run this plan instead of searching. With `cluster`, it must be a plan for that cluster;
         without, it runs on any attached devices of the same number.
 
     Raises:
       TypeError: `fn` is not callable, or `method` or `plan` is something else.
+      ValueError: `static_argnames` holds a name that `fn` does not take.
       PlanError: `plan` was made for another cluster than `cluster`.
 
     Example:
@@ -87,7 +90,8 @@ def parallelize(
     def wrap(function: Callable[..., Any]) -> ParallelStep:
         return ParallelStep(
             function, method=method, cluster=cluster, batch_argnums=batch_argnums,
-            donate_argnums=donate_argnums, static_argnums=static_argnums, plan=plan,
+            donate_argnums=donate_argnums, static_argnums=static_argnums,
+            static_argnames=static_argnames, plan=plan,
         )  # fmt: skip
 
     return wrap if fn is None else wrap(fn)
@@ -99,7 +103,8 @@ class ParallelStep:
     def __init__(
         self, fn: Callable[..., Any], *, method: Method, cluster: Cluster | str | None,
         batch_argnums: Sequence[int], donate_argnums: Sequence[int],
-        static_argnums: Sequence[int], plan: Plan | PipelinePlan | None,
+        static_argnums: Sequence[int], static_argnames: str | Sequence[str],
+        plan: Plan | PipelinePlan | None,
     ) -> None:  # fmt: skip
         if not callable(fn):
             raise TypeError(
@@ -114,7 +119,10 @@ class ParallelStep:
         self._name = getattr(fn, "__name__", type(fn).__name__)
         self._method = method
         self._cluster = None if cluster is None else Cluster.resolve(cluster)
-        self._argnums = Argnums(*map(_as_tuple, (batch_argnums, donate_argnums, static_argnums)))
+        self._argnums = Argnums(
+            *map(_as_tuple, (batch_argnums, donate_argnums, static_argnums)),
+            static_names=_checked_names(static_argnames, self._signature),
+        )
         self._given_plan = _checked_plan(plan, self._cluster)
         self._rules = RuleTable()
         self._planned: dict[Any, PlannedStep | PlannedPipeline] = {}
@@ -311,6 +319,24 @@ def _bind_static(fn: Callable[..., Any], call: BoundCall) -> Callable[..., Any]:
         return fn(*(given[i] for i in range(count)), **named)
 
     return bound
+
+
+def _checked_names(
+    names: str | Sequence[str], signature: inspect.Signature | None
+) -> tuple[str, ...]:
+    """`static_argnames`, if the step takes such arguments."""
+    found = (names,) if isinstance(names, str) else tuple(names)
+    for name in found:
+        if not isinstance(name, str):
+            raise TypeError(f"static_argnames must be names of arguments, found {name!r}")
+    parameters = {} if signature is None else signature.parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    unknown = [name for name in found if name not in parameters]
+    if unknown and signature is not None and not open_ended:
+        raise ValueError(
+            f"static_argnames names {unknown[0]!r}, but the step takes {', '.join(parameters)}"
+        )
+    return found
 
 
 def _checked_plan(plan: Any, cluster: Cluster | None) -> Plan | PipelinePlan | None:

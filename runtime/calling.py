@@ -20,11 +20,17 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 
 @dataclass(frozen=True, slots=True)
 class Argnums:
-    """Argument numbers as `parallelize` takes them; negative ones count from the last argument."""
+    """Argument numbers as `parallelize` takes them; negative ones count from the last argument.
+
+    Attributes:
+      batch, donate, static: numbers by what the arguments are for.
+      static_names: names of further static arguments.
+    """
 
     batch: tuple[int, ...]
     donate: tuple[int, ...]
     static: tuple[int, ...]
+    static_names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,9 +136,12 @@ def bind_call(
                 )
         return tuple(found)
 
+    names = (*first, *keywords)
+    named = (names.index(name) for name in argnums.static_names if name in names)
+    static = tuple(dict.fromkeys((*positions("static", argnums.static), *named)))
     call = BoundCall(
-        values, (*first, *keywords), len(args), positions("static", argnums.static),
-        positions("batch", argnums.batch), positions("donate", argnums.donate),
+        values, names, len(args), static, positions("batch", argnums.batch),
+        positions("donate", argnums.donate),
     )  # fmt: skip
     for kind, numbers in (("batch", call.batch), ("donate", call.donate)):
         for i in numbers:
@@ -152,7 +161,7 @@ def _check_hashable(position: int, call: BoundCall) -> None:
             "a static argument must be hashable, since every value of it is a program of its own: "
             f"argument {position} ({call.names[position]}) is {value!r:.80}, of type "
             f"{type(value).__name__}. Pass a hashable value, such as a tuple for a list, or take "
-            "it out of static_argnums."
+            "it out of static_argnums and static_argnames."
         ) from None
 
 

@@ -193,6 +193,44 @@ def test_a_static_argument_that_is_not_hashable_is_named():
         sharded(w, x, [2.0])
 
 
+def powered(w: jax.Array, x: jax.Array, scale: float = 1.0, *, power: int = 2, **more: int) -> Any:
+    assert isinstance(power, int) and all(isinstance(n, int) for n in more.values())
+    loss, grad = jax.value_and_grad(lambda w: jnp.mean((x @ w) ** power))(w)
+    return w - scale * grad / (1 + sum(more.values())), loss
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        ("power", {"power": 3}),
+        (("power",), {}),
+        (("power", "scale"), {"power": 3, "scale": 0.5}),
+        (["power", "shift", "absent"], {"power": 3, "shift": 2}),
+    ],
+)
+def test_static_arguments_by_name(names, options):
+    """They may be keyword-only, one of `**more`, or left to their defaults."""
+    w, x, _ = arrays()
+    sharded = alpa_lite.parallelize(powered, method=METHOD, static_argnames=names)
+    assert_close(powered(w, x, **options), sharded(w, x, **options))
+    assert set(sharded.plan(w, x, **options).inputs) == {"w", "x"}
+
+
+def test_a_static_argument_has_one_program_for_each_of_its_values():
+    w, x, _ = arrays()
+    sharded = alpa_lite.parallelize(
+        powered, method=METHOD, static_argnums=2, static_argnames=("power", "scale")
+    )
+    first = sharded.compile(w, x, 1.0, power=3)
+    assert sharded.compile(w, x, scale=1.0, power=3) is first
+    assert sharded.compile(w, x, 1.0, power=2) is not first
+    assert sharded.compile(w, x, 2.0, power=3) is not first
+    with pytest.raises(TypeError, match=r"hashable.*\(power\) is \[3\], of type list"):
+        sharded(w, x, power=[3])
+    with pytest.raises(alpa_lite.StepError, match="cannot be both static and in donate_argnums"):
+        alpa_lite.parallelize(powered, method=METHOD, static_argnames="w")(w, x)
+
+
 def test_static_values_that_are_equal_but_of_other_types_differ():
     w, x, _ = arrays()
     sharded = alpa_lite.parallelize(tuned, method=METHOD, static_argnums=2)
