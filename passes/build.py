@@ -105,10 +105,11 @@ class Candidate:
 
 
 def solve_on_mesh(inputs: PlanningInputs, mesh: Mesh, time_limit_s: float) -> Candidate:
-    """The best decisions on one mesh.
+    """The best decisions on one mesh, or the best found in time.
 
     Raises:
       InfeasibleError: nothing fits the memory budget, or pins contradict each other.
+      SolverTimeoutError: no decisions were found in time.
     """
     started = time.monotonic()
     c = inputs.contraction
@@ -122,7 +123,7 @@ def solve_on_mesh(inputs: PlanningInputs, mesh: Mesh, time_limit_s: float) -> Ca
         priced = price(inputs.work, strategies, mesh, prices, limits)
         rows = [memory_row(c, inputs.liveness, t, inputs.classes, strategies, mesh) for t in times]
         problem = build_problem(priced, rows, inputs.budget_bytes)
-        left = max(0.5, time_limit_s - (time.monotonic() - started))
+        left = max(0.0, time_limit_s - (time.monotonic() - started))
         solution = solve_intra_op(problem, time_limit_s=left, solver=inputs.method.solver)
         decisions = read_decisions(c, inputs.classes, strategies, solution, mesh)
         profile = profile_memory(

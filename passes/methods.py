@@ -38,7 +38,7 @@ class Method:
       memory_budget_bytes: per device; the cluster's usable memory by default.
       mesh_shape: sizes of the logical mesh's axes, slowest links first (at most four), or a
         mapping from axis names; searched if None.
-      time_limit_s: for the integer programs of one plan, together.
+      time_limit_s: for the integer programs of one plan, together; tracing does not count.
       solver: `"highs"`, or another MILP solver that PuLP finds.
     """
 

@@ -117,6 +117,7 @@ def _plan_step(
     call: StepArgs, method: Method, cluster: Cluster, table: RuleTable, report: Progress
 ) -> PlannedStep:
     started = time.monotonic()
+    solving_s = 0.0
     meshes = candidate_meshes(method, cluster)
     tried: list[Alternative] = []
     failure: InfeasibleError | SolverTimeoutError | None = None
@@ -137,8 +138,10 @@ def _plan_step(
             if failure is None:
                 raise
             break  # this step cannot be split into microbatches, which were only a way out
-        deadline = started + method.time_limit_s
+        begun = time.monotonic()
+        deadline = begun + method.time_limit_s - solving_s
         best, failure = _best_mesh(inputs, meshes, deadline, count, tried, report)
+        solving_s += time.monotonic() - begun
         if best is not None:
             named = name_axes(contraction, best.decisions.mesh, best.decisions.assignments)
             best = replace(best, decisions=decide(contraction, named, best.decisions.assignments))
@@ -162,7 +165,7 @@ def _best_mesh(
     failure: InfeasibleError | SolverTimeoutError | None = None
     for i, mesh in enumerate(meshes):
         report(f"solving on mesh {'x'.join(map(str, mesh.shape))}", (i + 1) / (len(meshes) + 1))
-        remaining = max(1.0, deadline - time.monotonic())
+        remaining = max(0.0, deadline - time.monotonic())
         step_s, reason = None, ""
         try:
             found = solve_on_mesh(inputs, mesh, remaining / (len(meshes) - i))

@@ -18,6 +18,8 @@ from alpa_lite import AutoParallel, DataParallel, ManualParallel, ShardParallel
 from alpa_lite.cost_model.checks import ClusterError
 from alpa_lite.errors import InfeasibleError, PlanError, StepError
 from alpa_lite.models import build
+from alpa_lite.passes import build as build_module
+from alpa_lite.passes.intra_op import solve_intra_op
 from alpa_lite.passes.plan import Plan
 from tests.passes.small_step import W, X, floats, good_step, solve_plan, step_with_aux
 
@@ -101,6 +103,21 @@ def test_unknown_solver() -> None:
 def test_method_is_a_method() -> None:
     with pytest.raises(TypeError, match="method must be"):
         solve_plan(method="auto")
+
+
+def test_a_short_time_limit_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the integer programs of all meshes together; what they find until then is the plan."""
+    limits = []
+
+    def limited(problem: Any, *, time_limit_s: float, **options: Any) -> Any:
+        limits.append(time_limit_s)
+        return solve_intra_op(problem, time_limit_s=time_limit_s, **options)
+
+    monkeypatch.setattr(build_module, "solve_intra_op", limited)
+    plan = solve_plan(method=AutoParallel(time_limit_s=1e-3), cluster="cpu:8")
+    assert len(limits) == len(plan.alternatives) == 2
+    assert sum(limits) <= 1e-3
+    assert plan.solve.status in ("optimal", "within_gap", "time_limit")
 
 
 # Clusters and models.
@@ -286,6 +303,20 @@ def test_argument_numbers_count_from_the_end_as_in_jax_or_are_refused(kind: str)
 def test_static_argument_numbers_out_of_range() -> None:
     with pytest.raises(StepError, match="static_argnums names argument 7"):
         solve_plan(static_argnums=(7,))
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "message"),
+    [
+        ("power", ValueError, "static_argnames names 'power', but the step takes w, x"),
+        ((0,), TypeError, "static_argnames must be names of arguments, found 0"),
+    ],
+)
+def test_static_argument_names_are_those_of_the_step(
+    names: Any, kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        alpa_lite.parallelize(good_step, static_argnames=names)
 
 
 def test_an_argument_cannot_be_static_and_state() -> None:
