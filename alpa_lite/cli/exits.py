@@ -54,17 +54,22 @@ class CommandGroup(TyperGroup):
         except typer.Abort:
             return INTERRUPTED
         except InfeasibleError as error:
-            return _complain(str(error), INFEASIBLE)
+            return _complain(_with_flags(str(error)), INFEASIBLE)
         except SolverTimeoutError as error:
             return _complain(str(error), FAILED)
         except (AlpaLiteError, InputError) as error:
-            return _complain(str(error), BAD_INPUT)
+            return _complain(_with_flags(str(error)), BAD_INPUT)
         return result if isinstance(result, int) else 0
 
 
 def _complain(message: str, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _with_flags(message: str) -> str:
+    """An error of the library, which knows its own names of options only."""
+    return message.replace("memory_budget_bytes", "--memory-budget (memory_budget_bytes)")
 
 
 def _usage_message(error: Any) -> str:

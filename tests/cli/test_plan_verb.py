@@ -97,6 +97,7 @@ def test_infeasible_is_2(invoke):
     result = invoke(*MLP, "--memory-budget", "1KiB")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: No choice of strategies fits")
+    assert "a larger --memory-budget (memory_budget_bytes)" in result.stderr
     assert result.stdout == ""
 
 
