@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import PlanError
 from alpa_lite.ir.graph import Literal
-from alpa_lite.ir.sharding import Mesh
+from alpa_lite.ir.sharding import MAX_MESH_AXES, Mesh
 from alpa_lite.passes.decision_graph import Contraction
 from alpa_lite.passes.methods import Method, batch_factors
 from alpa_lite.passes.strategies import Assignment
@@ -25,7 +25,8 @@ def candidate_meshes(method: Method, cluster: Cluster) -> list[Mesh]:
     """Meshes a method is planned on.
 
     Without a prescribed shape, a search tries one axis over all devices and every split into two;
-    the inner axis is no larger than a host, unless it is all there is.
+    the inner axis is no larger than a host, unless it is all there is. More axes are not searched:
+    docs/design/001-spine.md says why.
 
     Raises:
       PlanError: the prescribed shape does not multiply to the number of devices.
@@ -42,6 +43,19 @@ def candidate_meshes(method: Method, cluster: Cluster) -> list[Mesh]:
             if total % inner == 0 and cluster.devices_per_host % inner == 0 and not mirrored:
                 meshes.append(Mesh(((_NEUTRAL[0], outer), (_NEUTRAL[1], inner))))
     return meshes
+
+
+def search_notes(method: Method, cluster: Cluster) -> tuple[str, ...]:
+    """What the search left out: a note for the plan, where the devices make three axes."""
+    if method.mesh_shape is not None or not method.searches_mesh():
+        return ()
+    rest, factors = cluster.num_devices, 0
+    for divisor in range(2, rest + 1):
+        while rest % divisor == 0:
+            rest, factors = rest // divisor, factors + 1
+    if factors < 3:
+        return ()
+    return (f"meshes of one and two axes were searched; mesh_shape takes up to {MAX_MESH_AXES}",)
 
 
 def _prescribed(shape: Sequence[int] | Mapping[str, int], total: int) -> Mesh:

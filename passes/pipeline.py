@@ -42,7 +42,7 @@ from alpa_lite.passes.contract_rules import program_rules, replicated_notes
 from alpa_lite.passes.decision_graph import Contraction
 from alpa_lite.passes.decisions import Decisions, decide
 from alpa_lite.passes.memory import analyse_liveness
-from alpa_lite.passes.meshes import candidate_meshes, name_axes
+from alpa_lite.passes.meshes import candidate_meshes, name_axes, search_notes
 from alpa_lite.passes.methods import Method
 from alpa_lite.passes.microbatch import (
     TracedTwice,
@@ -133,7 +133,8 @@ def _plan_step(
             kinds = check_outputs(full, traced, count, both)
             contraction, inputs = prepare(traced, call, count, method, cluster, table)
             notes = combination_notes(full, traced, kinds, count, both)
-            inputs = replace(inputs, notes=(*notes, *inputs.notes))
+            notes = (*notes, *inputs.notes, *search_notes(method, cluster))
+            inputs = replace(inputs, notes=notes)
         except StepError:
             if failure is None:
                 raise
