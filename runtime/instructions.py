@@ -166,7 +166,7 @@ def verify_program(program: PipelineProgram) -> None:
 
     Raises:
       AssertionError: a slot is written twice, or read before it is written or after it was freed or
-        donated.
+        donated, or also read by the instruction that takes it over.
     """
     alive = set(program.state.values())
     alive |= {slot for *_, slot in (*program.arguments, *program.rows, *program.indices)}
@@ -177,9 +177,12 @@ def verify_program(program: PipelineProgram) -> None:
         assert set(each.donates) <= set(each.frees), f"{each.name} donates slots and keeps them"
         assert set(each.frees) <= alive, f"instruction {at}, {each.name}, frees a slot twice"
         alive -= set(each.frees)
+        for slot in each.donates:
+            twice = each.reads.count(slot) > 1
+            assert not twice, f"{each.name} takes over slot {slot}, which it reads twice"
         for slot in each.writes:
             assert slot not in written, f"instruction {at}, {each.name}, writes slot {slot} again"
-        written |= set(each.writes)
+            written.add(slot)
         alive |= set(each.writes)
     for out in program.outputs:
         for slot in (out,) if isinstance(out, int) else out:

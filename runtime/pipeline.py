@@ -363,7 +363,13 @@ def _checked(leaf: Any, name: str, aval: Any) -> Any:
             f"{aval.dtype}{list(aval.shape)}, found {found.dtype}{list(found.shape)}. Convert it, "
             "or compile for these arguments; calling the step itself does so."
         )
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf, aval.dtype)
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf, aval.dtype)
+    if len(leaf.sharding.device_set) == 1:
+        return leaf
+    # Rows of an array that is split over devices would need a program with collectives each.
+    device = leaf.addressable_shards[0].device
+    return jax.device_put(leaf, NamedSharding(jax.sharding.Mesh([device], ("x",)), PartitionSpec()))
 
 
 def _rows(leaf: Any, microbatch: int, count: int) -> Any:

@@ -184,6 +184,15 @@ class _Builder:
                 return program.in_avals[at], program.in_shardings[at]
         return None
 
+    def layout_of(self, stage: int, wanted: Slot) -> tuple[Any, Any] | None:
+        """The same, also for an input that no program reads but that is an output as it is."""
+        found = self.sharding_of(stage, wanted)
+        if found is None and wanted.number in self.stages[stage].passed.values():
+            graph = self.pipeline.steps[stage].traced.graph
+            aval = graph.values[graph.inputs[wanted.number]].aval
+            found = aval, input_sharding(self.pipeline, self.meshes[stage], stage, wanted.number)
+        return found
+
     # What comes from outside, and from other stages at the start.
 
     def enter(self, stage: int) -> None:
@@ -193,7 +202,7 @@ class _Builder:
             if port.kind == "state":
                 self.slots["input", stage, position] = self.slots["state", port.position]
             elif port.kind == "argument":
-                found = self.sharding_of(stage, Slot(INPUT, position))
+                found = self.layout_of(stage, Slot(INPUT, position))
                 if found is None:
                     continue
                 aval, sharding = found
@@ -208,7 +217,7 @@ class _Builder:
                         sharding, home, stage, f"input to stage {stage}",
                     )  # fmt: skip
             elif port.kind == "row":
-                found = self.sharding_of(stage, Slot(BATCH, position))
+                found = self.layout_of(stage, Slot(BATCH, position))
                 if found is None:
                     continue
                 for m in self.microbatches(stage):

@@ -34,8 +34,8 @@ class StepParts:
       before: equations before the gradient that do not depend on the batch.
       loop: equations of the loss function, and those before it that depend on the batch.
       loss: what the loss function returns, a variable or literal of `loop`.
-      results: variables that `after` reads (the loss and aux outputs, combined over microbatches),
-        each with the atom of `loop` it stands for; the loss is the first.
+      results: variables that `after` and `outputs` read (the loss and aux outputs, combined over
+        microbatches), each with the atom of `loop` it stands for; the loss is the first.
       grads: variables of gradients that `after` reads, each with the atom it is the gradient of.
       after: equations after the gradient.
       outputs: atoms of the flat results.
@@ -112,6 +112,10 @@ def split_parts(closed: Any, batch_positions: Iterable[int]) -> StepParts:
     grads = [
         (v, atom) for v, atom in zip(gradient.outvars[num_results:], wrt, strict=True) if v in used
     ]
+    # What is per microbatch is returned like an aux output.
+    returned = {a: compat.new_variable(a.aval) for a in variables(outputs) if a in tainted}
+    results += [(v, atom) for atom, v in returned.items()]
+    outputs = [a if compat.is_literal(a) else returned.get(a, a) for a in outputs]
     for _, atom in grads:
         if not compat.is_literal(atom) and atom in tainted:
             raise StepError(
@@ -129,8 +133,7 @@ def split_parts(closed: Any, batch_positions: Iterable[int]) -> StepParts:
     return StepParts(
         inputs=inputs, batch=batch, constants=flat.constants | loss_flat.constants,
         before=tuple(before), loop=(*loop, *loss_flat.equations), loss=loss,
-        results=tuple(results), grads=tuple(grads),
-        after=tuple(after), outputs=tuple(outputs),
+        results=tuple(results), grads=tuple(grads), after=tuple(after), outputs=tuple(outputs),
     )  # fmt: skip
 
 

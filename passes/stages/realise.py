@@ -313,9 +313,9 @@ def restore_pipeline(
         plan.name, source, spec, schedule, cut, plan.meshes, stages, method, plan.cluster
     )
     kept = replace(
-        found.plan, method=plan.method, gap=plan.gap, alternatives=plan.alternatives,
-        versions=plan.versions, wall_s=plan.wall_s, notes=plan.notes,
-        memory_budget_bytes=plan.memory_budget_bytes,
+        found.plan, method=plan.method, layer_num=plan.layer_num, gap=plan.gap,
+        alternatives=plan.alternatives, versions=plan.versions, wall_s=plan.wall_s,
+        notes=plan.notes, memory_budget_bytes=plan.memory_budget_bytes,
     )  # fmt: skip
     return replace(found, plan=kept)
 

@@ -232,12 +232,16 @@ class _Split:
 
     def output_homes(self) -> list[int]:
         state_of = {out: position for position, out in self.aliases.items()}
+        at = {v: position for position, v in enumerate(self.parts.inputs)}
         homes = []
         for position, atom in enumerate(self.parts.outputs):
             home = None if compat.is_literal(atom) else self.place.get(atom)
             if home is None and position in state_of:
                 home = self.place.get(self.parts.inputs[state_of[position]])
             homes.append(MEETING_STAGE if home is None else home)
+        for position, atom in enumerate(self.parts.outputs):
+            if not compat.is_literal(atom) and at.get(atom) in self.aliases:
+                homes[position] = homes[self.aliases[at[atom]]]  # state as it was, where it lies
         return homes
 
     def demand(self, homes: Sequence[int | None], output_homes: Sequence[int]) -> None:

@@ -231,6 +231,16 @@ def test_outputs_of_one_value_twice() -> None:
     check(staged(step, params(1), X, stages=[[0], [1]]))
 
 
+def test_rows_that_are_returned_as_they_are() -> None:
+    def step(state: Any, x: jax.Array) -> Any:
+        y = jnp.cos(x)
+        loss, grads = jax.value_and_grad(lambda ws: chain(ws, y))(state)
+        new = jax.tree.map(lambda p, g: p - g, state, grads)
+        return new, (loss, x, y, x)
+
+    check(staged(step, params(2), X, stages=3))
+
+
 def test_stages_once_per_pipeline() -> None:
     cuts = cut_forward(graph_of(sgd(chain), params(2)), [[0], [1, 2]])
     twice = replicate(cuts, 2)

@@ -137,6 +137,16 @@ def test_arrays_captured_by_closure() -> None:
     }
 
 
+def test_outputs_that_depend_on_the_batch_and_not_on_the_loss() -> None:
+    def step(w: jax.Array, x: jax.Array) -> Any:
+        y = jnp.cos(x)
+        loss, grad = jax.value_and_grad(lambda w: jnp.mean((y @ w) ** 2))(w)
+        return w - grad, (loss, x, y, x, 1.0)
+
+    parts = check_parts(step, W, X)
+    assert [atom for _, atom in parts.results[1:]] == [parts.inputs[1], parts.loop[0].outvars[0]]
+
+
 def test_every_result_is_a_variable_of_its_own() -> None:
     """A function called twice is inlined twice."""
 
