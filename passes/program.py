@@ -278,7 +278,8 @@ class _Flattener:
             outer = self.value_at[path, value]
             inner = self.new_value(graph.values[value].aval, self.values[outer].name)
             link = self.add("enter", None, graph, (outer,), (inner,), 1.0, (1.0,), FORWARD)
-            self.link_at["enter", (), value] = link.id
+            # Not "enter": the keys of a loop op with id 0 are small numbers as well.
+            self.link_at["microbatch", (), value] = link.id
             self.in_loop_view[value] = inner
         return self.in_loop_view[value]
 

@@ -87,7 +87,7 @@ class StepParts:
     def enters(self) -> dict[int, FlatOp]:
         """By graph value, the link at which it enters the loop."""
         ops, link_at = self.program.ops, self.program.link_at
-        return {v: ops[link_at["enter", (), v]] for v in self.program.microbatching.invariants}
+        return {v: ops[link_at["microbatch", (), v]] for v in self.program.microbatching.invariants}
 
 
 def split_step(program: Program, output_kinds: Sequence[str]) -> StepParts:

@@ -248,3 +248,22 @@ def test_microbatches_leave_alone_what_does_not_depend_on_the_batch() -> None:
         np.testing.assert_allclose(
             to_numpy(found[name]), to_numpy(expected[name]), rtol=RTOL, atol=1e-6
         )
+
+
+def test_microbatches_of_a_step_that_begins_with_a_scan() -> None:
+    """The weights enter two loops: the microbatches and, as constants, the scan."""
+
+    def step(w: jax.Array, x: jax.Array) -> Any:
+        def loss_fn(w: jax.Array) -> jax.Array:
+            y = jax.lax.scan(lambda y, _: (jnp.tanh(y @ w), None), x, None, length=2)[0]
+            return jnp.mean(y**2)
+
+        loss, grad = jax.value_and_grad(loss_fn)(w)
+        return w - 0.1 * grad, loss
+
+    w = jax.random.normal(jax.random.key(0), (8, 8))
+    x = jax.random.normal(jax.random.key(1), (BATCH, 8))
+    method = alpa_lite.AutoParallel(mesh_shape=(2,), num_microbatches=2)
+    found = alpa_lite.parallelize(step, method=method, cluster="cpu:2")(jnp.copy(w), x)
+    for a, b in zip(jax.jit(step)(w, x), found, strict=True):
+        np.testing.assert_allclose(b, a, rtol=RTOL, atol=1e-6)

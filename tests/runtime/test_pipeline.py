@@ -30,35 +30,27 @@ ONE_PER_MESH = ("gpipe", "1f1b", "eager_1f1b", "zb-h1", "chimera", "dualpipe")
 FULL = {"optimizer": "clip", "tied": True, "skip": True, "sizes": True, "dropout": True}
 
 
-def slow(*values: Any, **options: Any) -> Any:
-    return pytest.param(*values, marks=pytest.mark.slow, **options)
-
-
-def quick(*values: Any, **options: Any) -> Any:
-    return pytest.param(*values, **options)
-
-
 # Each schedule once, each shape once, each rematerialisation once.
 
 
 @pytest.mark.parametrize(
     ("method", "options"),
     [
-        quick(grid(*SHAPES["2x4"]), {**FULL}, id="1f1b-2x4"),
-        quick(grid(*SHAPES["4x2"], schedule="zb-h1", remat="dots"), {"skip": True}, id="zb-h1-4x2"),
-        quick(
+        pytest.param(grid(*SHAPES["2x4"]), {**FULL}, id="1f1b-2x4"),
+        pytest.param(grid(*SHAPES["4x2"], schedule="zb-h1", remat="dots"), {"skip": True}, id="zb-h1-4x2"),
+        pytest.param(
             by_hand([[0], [1, 2, 3]], [(1, 2), (1, 4)], remat="full", schedule="gpipe"),
             {"optimizer": "multi", "tied": True}, id="gpipe-uneven",
         ),
-        quick(
+        pytest.param(
             grid(2, 2, 2, schedule="interleaved_1f1b", num_virtual=2), {"tied": True},
             id="interleaved-2x4",
         ),
-        quick(
+        pytest.param(
             grid(1, 4, 2, schedule="chimera", num_microbatches=2), {"dropout": True},
             id="chimera-2x4-one-microbatch-each",
         ),
-        quick(grid(2, 2, 2, schedule="dualpipev", num_virtual=2), {}, id="dualpipev-2x4"),
+        pytest.param(grid(2, 2, 2, schedule="dualpipev", num_virtual=2), {}, id="dualpipev-2x4"),
     ],
 )  # fmt: skip
 def test_some_pipelines(method: Any, options: dict[str, Any]) -> None:
