@@ -120,7 +120,9 @@ class ParallelStep:
         self._method = method
         self._cluster = None if cluster is None else Cluster.resolve(cluster)
         self._argnums = Argnums(
-            *map(_as_tuple, (batch_argnums, donate_argnums, static_argnums)),
+            batch=_as_tuple(batch_argnums),
+            donate=_as_tuple(donate_argnums),
+            static=_as_tuple(static_argnums),
             static_names=_checked_names(static_argnames, self._signature),
         )
         self._given_plan = _checked_plan(plan, self._cluster)
