@@ -241,7 +241,8 @@ def test_rounds_of_the_update() -> None:
     ],
 )
 def test_models(model: str, options: dict[str, Any], remat: str) -> None:
-    setup = build(model, **options)
+    # Adam would divide the gradient of a bias of keys, which is zero but for rounding, by itself.
+    setup = build(model, optimizer="sgd", **options)
     state = jax.jit(setup.init)(jax.random.key(0))
     found = staged(setup.step, state, setup.make_batch(0, 4), stages=3, remat=remat)
-    check(found, rtol=1e-3)
+    check(found, rtol=1e-4)
