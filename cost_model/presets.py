@@ -39,7 +39,16 @@ _NETWORK_BYTES_PER_S_PER_GBIT = 12e9 / 100
 
 # Devices that one host of a kind can have; a larger number is a slip (`h100:32` for `h100:4x8`).
 _MAX_PER_HOST: Mapping[str, int] = MappingProxyType(
-    {"v100": 16, "a100-40": 16, "a100-80": 16, "h100": 8, "h200": 8, "b200": 8, "cpu": 1024}
+    {
+        "v100": 16,
+        "a100-40": 16,
+        "a100-80": 16,
+        "h100": 8,
+        "h200": 8,
+        "h800": 8,
+        "b200": 8,
+        "cpu": 1024,
+    }
 )
 
 
@@ -185,7 +194,9 @@ _HOPPER_FLOPS = {
 }  # fmt: skip
 
 
-def _hopper(kind: str, name: str, hbm_bytes: int, hbm_bytes_per_s: float) -> Cluster:
+def _hopper(
+    kind: str, name: str, hbm_bytes: int, hbm_bytes_per_s: float, intra: tuple[float, str]
+) -> Cluster:
     return _gpu(
         kind,
         DeviceSpec(
@@ -205,14 +216,17 @@ def _hopper(kind: str, name: str, hbm_bytes: int, hbm_bytes_per_s: float) -> Clu
             },
         ),
         _Network(
-            intra_name="NVLink 4", intra_bytes_per_s=361e9,
-            intra_source=f"H200 ring all-gather at 16 GiB (all-reduce in the switch reaches 482), "
-            f"{_NCCL_TESTS}",
+            intra_name="NVLink 4", intra_bytes_per_s=intra[0], intra_source=intra[1],
             inter_gbit_per_s=400, inter_source="one NDR or 400 GbE card per GPU, as in DGX H100",
             overhead_s=14e-6, overhead_source=f"floor of 38 us on H200, {_NCCL_TESTS}",
         ),
     )  # fmt: skip
 
+
+_NVLINK_4 = (
+    361e9, f"H200 ring all-gather at 16 GiB (all-reduce in the switch reaches 482), {_NCCL_TESTS}"
+)  # fmt: skip
+_NVLINK_4_REDUCED = 160e9, "DeepSeek-V3 technical report (arXiv 2412.19437), section 3.2.2"
 
 _B200 = _gpu(
     "b200",
@@ -274,8 +288,9 @@ _PRESETS: Mapping[str, Cluster] = MappingProxyType(
             "a100-80", "80GB", 85_100_068_864, 2039e9, 200,
             "one HDR card per GPU, as in Selene (Narayanan et al., SC'21)",
         ),
-        "h100": _hopper("h100", "NVIDIA H100-SXM-80GB", 84_942_979_072, 3350e9),
-        "h200": _hopper("h200", "NVIDIA H200-SXM-141GB", 151_397_597_184, 4800e9),
+        "h100": _hopper("h100", "NVIDIA H100-SXM-80GB", 84_942_979_072, 3350e9, _NVLINK_4),
+        "h200": _hopper("h200", "NVIDIA H200-SXM-141GB", 151_397_597_184, 4800e9, _NVLINK_4),
+        "h800": _hopper("h800", "NVIDIA H800-SXM-80GB", 84_942_979_072, 3350e9, _NVLINK_4_REDUCED),
         "b200": _B200,
         "cpu": _CPU,
     }

@@ -104,8 +104,16 @@ class Candidate:
     wall_s: float
 
 
-def solve_on_mesh(inputs: PlanningInputs, mesh: Mesh, time_limit_s: float) -> Candidate:
+def solve_on_mesh(
+    inputs: PlanningInputs, mesh: Mesh, time_limit_s: float, gap: float = 0.0
+) -> Candidate:
     """The best decisions on one mesh, or the best found in time.
+
+    Args:
+      inputs: what every mesh shares.
+      mesh: the mesh.
+      time_limit_s: seconds of solving.
+      gap: relative distance to the optimum that is good enough.
 
     Raises:
       InfeasibleError: nothing fits the memory budget, or pins contradict each other.
@@ -124,7 +132,7 @@ def solve_on_mesh(inputs: PlanningInputs, mesh: Mesh, time_limit_s: float) -> Ca
         rows = [memory_row(c, inputs.liveness, t, inputs.classes, strategies, mesh) for t in times]
         problem = build_problem(priced, rows, inputs.budget_bytes)
         left = max(0.0, time_limit_s - (time.monotonic() - started))
-        solution = solve_intra_op(problem, time_limit_s=left, solver=inputs.method.solver)
+        solution = solve_intra_op(problem, time_limit_s=left, gap=gap, solver=inputs.method.solver)
         decisions = read_decisions(c, inputs.classes, strategies, solution, mesh)
         profile = profile_memory(
             c, inputs.liveness, mesh, decisions.result_specs, decisions.operand_specs

@@ -2,7 +2,8 @@
 
 A value occupies memory from the op that makes it to its last reader; the state, donated by the
 step, is updated in place. Values that live inside one fusion never reach memory. Values of loop
-bodies count once; what a loop reads or carries lives as long as the loop.
+bodies count once; what a loop reads or carries lives as long as the loop. With several microbatches
+the sums of gradients are there from the first one, and each gradient is added when it is made.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Liveness:
     end: np.ndarray
     category: np.ndarray
     held: np.ndarray
-    loop: tuple[int, int] = (0, -1)
+    loop: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -96,16 +97,9 @@ def with_in_flight(contraction: Contraction, liveness: Liveness, in_flight: int)
       liveness: of one microbatch at a time.
       in_flight: microbatches between their forward and backward pass, this one included.
     """
-    c = contraction
-    outermost, loop = c.program.graph, c.program.microbatching.loop_ops
-    times = []
-    for time, index in enumerate(liveness.order):
-        op = c.ops[index]
-        if op.op is not None and op.graph is outermost and op.op.id in loop:
-            times.append(time)
-    held = np.zeros(len(c.values))
-    held[list(stashed_values(c))] = in_flight - 1
-    return replace(liveness, held=held, loop=(min(times, default=0), max(times, default=-1)))
+    held = np.zeros(len(contraction.values))
+    held[list(stashed_values(contraction))] = in_flight - 1
+    return replace(liveness, held=held)
 
 
 def stashed_values(contraction: Contraction) -> set[int]:
@@ -272,8 +266,44 @@ class _Ranges:
         self.end[[v for v in c.program.outputs if v is not None]] = self.last
         for value in in_place:
             self.end[value] = -1
+        loop = self.microbatch_loop()
+        self.accumulate(loop)
         none = np.zeros(len(self.start))
-        return Liveness(tuple(self.order), self.start, self.end, self.categories(), none)
+        return Liveness(tuple(self.order), self.start, self.end, self.categories(), none, loop)
+
+    def microbatch_loop(self) -> tuple[int, int]:
+        """First and last time of the loop over microbatches; the last is -1 without one."""
+        outermost, loop = self.c.program.graph, self.c.program.microbatching.loop_ops
+        times = [
+            time
+            for time, index in enumerate(self.order)
+            if (op := self.c.ops[index]).op is not None
+            and op.graph is outermost
+            and op.op.id in loop
+        ]
+        return min(times, default=0), max(times, default=-1)
+
+    def accumulate(self, loop: tuple[int, int]) -> None:
+        """Sums of gradients are there all through the loop, a microbatch's gradient is not."""
+        program = self.c.program
+        if program.microbatching.num_microbatches == 1:
+            return
+        grads = {g for region in program.graph.grad_regions for g in region.grads}
+        links = [
+            self.c.ops[link]
+            for (kind, path, value), link in program.link_at.items()
+            if kind == "gradient" and not path and value in grads
+        ]
+        gradients = [self.c.operands[link.id][0] for link in links]
+        last_read = {v: int(self.start[v]) for v in gradients}
+        for op in self.c.ops:
+            if op.kind != "gradient":
+                for value in last_read.keys() & {*self.c.operands[op.id]}:
+                    last_read[value] = max(last_read[value], self.time[op.id])
+        for link, gradient in zip(links, gradients, strict=True):
+            self.start[link.results[0]] = loop[0]
+            if self.end[gradient] >= 0:
+                self.end[gradient] = last_read[gradient]
 
     def control_flow_spans(self) -> dict[int, tuple[int, int]]:
         """First and last time of each loop or branch op: its links and all of its body."""

@@ -1,8 +1,9 @@
 """The whole compile of a pipeline, as a straight run of named steps.
 
     trace               function, shapes     -> LayeredStep     stages.source, stages.layers
-    specify             method               -> PipelineSpec    stages.given_spec; searched over
-                                                                stages.grid_search
+    specify             method               -> PipelineSpec    stages.given_spec; searched by
+                                                                stages.propose, and for a scan over
+                                                                layers by stages.grid_search
     cut                 LayeredStep, spec    -> CutStep         stages.cut, stages.update
     order               spec                 -> Schedule        schedules
     place               spec, Cluster        -> Placement       inter_op.placement
@@ -18,6 +19,7 @@ Everything after the second line is `stages.realise`.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from alpa_lite.cost_model import Cluster
@@ -34,14 +36,22 @@ from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.stages.given_spec import grid_spec, manual_spec
 from alpa_lite.passes.stages.grid_search import (
     SEARCHED_SCHEDULES,
-    GridCandidate,
     grid_candidates,
     scan_length,
 )
+from alpa_lite.passes.stages.propose import StageSearch
 from alpa_lite.passes.stages.realise import PlannedPipeline as PlannedPipeline
-from alpa_lite.passes.stages.realise import realise
+from alpa_lite.passes.stages.realise import StageCache, realise, spec_of
 from alpa_lite.passes.stages.realise import restore_pipeline as restore_pipeline
-from alpa_lite.passes.stages.source import LayeredStep, layer_step
+from alpa_lite.passes.stages.source import LayeredStep, layer_step, trace_step
+from alpa_lite.passes.stages.spec import PipelineSpec
+
+# Shares of the memory budget for proposals: stages need a little more than their layers one by
+# one, so that what is proposed for all of it may not fit.
+_MEMORY_SHARES = (1.0, 0.93, 0.85, 0.75, 0.6)
+
+# Proposals are planned if their estimate is within this factor of the best one's.
+_CLOSE = 1.05
 
 
 def plan_pipeline(
@@ -78,99 +88,133 @@ def plan_pipeline(
 def _search(
     call: StepArgs, method: PipeshardParallel, cluster: Cluster, table: RuleTable, report: Progress
 ) -> PlannedPipeline:
-    """The best pipeline of equal submeshes, of all that are worth planning.
+    """The best pipeline of those worth planning.
 
     Ctrl-C and the end of the time budget return the best so far.
     """
-    length = scan_length(call, table)
-    num_layers = length or layer_step(call, 1, method.layer_num).graph.num_layers
-    search = _GridSearch(call, method, cluster, table, length > 0, report)
-    try:
-        for candidate in grid_candidates(call, method, cluster, num_layers, length > 0):
-            search.consider(candidate)
-        search.other_schedules()
-    except KeyboardInterrupt:
-        if search.best is None:
-            raise
-    if search.best is None:
-        raise search.failure or StepError(
-            f"no pipeline over {num_layers} layers: the batch size must be divisible by the number "
-            "of microbatches, and equal submeshes must fill the cluster. Give num_microbatches."
-        )
-    plan = replace(search.best.plan, alternatives=tuple(search.tried))
-    return replace(search.best, plan=plan)
+    planner = _Planner(call, method, cluster, table, report)
+    whole = trace_step(call, 1)
+    length = scan_length(call, whole, table)
+    if length:
+        return planner.best_of(lambda: planner.try_equal(length))
+    search = StageSearch(call, whole, method, cluster, table, report)
+    found = planner.best_of(lambda: planner.try_proposals(search))
+    notes = (*found.plan.notes, *search.notes)
+    return replace(found, plan=replace(found.plan, gap=search.gap, notes=notes))
 
 
-class _GridSearch:
-    """Plans candidates and remembers what they were worth."""
+class _Planner:
+    """Plans pipelines and remembers what they were worth."""
 
     def __init__(
         self, call: StepArgs, method: PipeshardParallel, cluster: Cluster, table: RuleTable,
-        is_scan: bool, report: Progress,
+        report: Progress,
     ) -> None:  # fmt: skip
         self.call, self.method, self.cluster, self.table = call, method, cluster, table
-        self.is_scan, self.report = is_scan, report
+        self.report = report
         self.started = time.monotonic()
         self.best: PlannedPipeline | None = None
-        self.chosen: GridCandidate | None = None
         self.failure: Exception | None = None
         self.tried: list[PipelineAlternative] = []
-        self.fits: set[tuple[int, int]] = set()
-        self.latest_s: dict[int, float] = {}
-        self.settled: set[int] = set()  # numbers of stages that more microbatches only slow down
-        self.sources: dict[tuple[int, int], LayeredStep] = {}
+        self.known: StageCache = {}
 
-    def consider(self, candidate: GridCandidate) -> None:
-        """Plan a candidate, unless what was planned before says that it cannot be the best."""
-        stages, shape = candidate.num_stages, (candidate.num_stages, candidate.num_microbatches)
-        spent = (time.monotonic() - self.started) / self.method.time_limit_s
-        if shape in self.fits or stages in self.settled or (self.best is not None and spent > 1):
-            return
-        self.report(f"planning {candidate}", min(0.99, spent))
-        step_s = self.plan(candidate)
-        if step_s is not None:
-            self.fits.add(shape)
-            if step_s > self.latest_s.get(stages, step_s):
-                self.settled.add(stages)
-            self.latest_s[stages] = step_s
+    @property
+    def spent(self) -> float:
+        """The fraction of the time budget that is over."""
+        return (time.monotonic() - self.started) / self.method.time_limit_s
 
-    def other_schedules(self) -> None:
-        """Try other orders of the best candidate's tasks."""
-        chosen = self.chosen
-        if chosen is None or chosen.num_stages == 1 or self.method.schedule != "auto":
+    def best_of(self, run: Callable[[], None]) -> PlannedPipeline:
+        """The best of the pipelines that `run` plans."""
+        try:
+            run()
+        except KeyboardInterrupt:
+            if self.best is None:
+                raise
+        if self.best is None:
+            raise self.failure or StepError(
+                "no pipeline: the batch size must be divisible by the number of microbatches, and "
+                "equal submeshes must fill the cluster. Give num_microbatches."
+            )
+        plan = replace(self.best.plan, alternatives=tuple(self.tried))
+        return replace(self.best, plan=plan)
+
+    def try_proposals(self, search: StageSearch) -> None:
+        """Plan what the search for stages proposes, then other schedules of the best."""
+        search.run()
+        for share in _MEMORY_SHARES:
+            proposals = search.proposals(share)
+            for proposal in proposals:
+                enough = self.best is not None and (
+                    self.spent > 1 or proposal.estimate_s > _CLOSE * proposals[0].estimate_s
+                )
+                if not enough:
+                    self.plan(proposal.source, proposal.spec)
+            if self.best is not None:
+                break
+        if self.best is None:
+            source, spec = search.smallest()
+            self.plan(source, spec)
+        if self.best is not None and self.method.schedule == "auto":
+            self.try_schedules(search)
+
+    def try_schedules(self, search: StageSearch) -> None:
+        """Plan the best pipeline with other schedules."""
+        assert self.best is not None
+        source, spec = self.best.source, spec_of(self.best.plan)
+        if len(spec.stages) == 1:
             return
         for schedule in SEARCHED_SCHEDULES[1:]:
-            if time.monotonic() - self.started < self.method.time_limit_s:
-                self.plan(replace(chosen, schedule=schedule))
+            if self.spent < 1:
+                self.plan(source, replace(spec, schedule=schedule))
+        if self.method.num_stages == "auto" and self.spent < 1:
+            virtual = search.interleaved(spec.num_microbatches)
+            if virtual is not None and virtual.estimate_s < self.best.plan.predicted.step_s:
+                self.plan(virtual.source, virtual.spec)
 
-    def plan(self, candidate: GridCandidate) -> float | None:
+    def try_equal(self, num_layers: int) -> None:
+        """Plan pipelines of equal stages of a scan over so many layers."""
+        fits: set[tuple[int, int]] = set()
+        latest_s: dict[int, float] = {}
+        settled: set[int] = set()  # numbers of stages that more microbatches only slow down
+        sources: dict[tuple[int, int], LayeredStep] = {}
+        for candidate in grid_candidates(self.call, self.method, self.cluster, num_layers):
+            stages, shape = candidate.num_stages, (candidate.num_stages, candidate.num_microbatches)
+            late = self.best is not None and self.spent > 1
+            if shape in fits or stages in settled or late:
+                continue
+            key = candidate.num_microbatches, stages
+            if key not in sources:
+                sources[key] = layer_step(
+                    self.call, key[0], self.method.layer_num, stages, self.table
+                )
+            step_s = self.plan(sources[key], candidate.spec(sources[key].graph.flops))
+            if step_s is not None:
+                fits.add(shape)
+                if step_s > latest_s.get(stages, step_s):
+                    settled.add(stages)
+                latest_s[stages] = step_s
+        if self.best is not None and self.method.schedule == "auto":
+            spec = spec_of(self.best.plan)
+            for schedule in SEARCHED_SCHEDULES[1:] if len(spec.stages) > 1 else ():
+                if self.spent < 1:
+                    self.plan(self.best.source, replace(spec, schedule=schedule))
+
+    def plan(self, source: LayeredStep, spec: PipelineSpec) -> float | None:
         """Predicted seconds per step; None if it does not fit."""
         step_s, reason = None, ""
+        self.report(f"planning {spec}", min(0.99, self.spent))
         try:
-            spec = candidate.spec(self.source(candidate).graph.flops)
             found = realise(
-                self.call.name, self.source(candidate), spec, self.method, self.cluster,
-                self.table, _silent,
+                self.call.name, source, spec, self.method, self.cluster, self.table, _silent,
+                self.known,
             )  # fmt: skip
             step_s = found.plan.predicted.step_s
             if self.best is None or step_s < self.best.plan.predicted.step_s:
-                self.best, self.chosen = found, candidate
+                self.best = found
         except (InfeasibleError, SolverTimeoutError) as error:
             self.failure, reason = self.failure or error, str(error)
-        self.tried.append(
-            PipelineAlternative(description=str(candidate), step_s=step_s, reason=reason)
-        )
+        self.tried.append(PipelineAlternative(description=str(spec), step_s=step_s, reason=reason))
         return step_s
-
-    def source(self, candidate: GridCandidate) -> LayeredStep:
-        """The step at a candidate's microbatch size, with a scan over layers in its pieces."""
-        pieces = candidate.num_stages if self.is_scan else 1
-        key = candidate.num_microbatches, pieces
-        if key not in self.sources:
-            self.sources[key] = layer_step(
-                self.call, key[0], self.method.layer_num, pieces, self.table
-            )
-        return self.sources[key]
 
 
 def _silent(what: str, done: float) -> None:

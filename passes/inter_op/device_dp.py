@@ -92,7 +92,10 @@ def solve_limited(
         labels = _concatenate([labels, new])
         if len(labels.layer) > max_labels:
             raise LabelLimitError
-    complete = np.flatnonzero((labels.layer == 0) & (labels.sum_s < cutoff_s))
+    is_complete = (labels.layer == 0) & (labels.sum_s < cutoff_s)
+    if box.table.num_stages is not None:
+        is_complete &= labels.position == box.table.num_stages - 1
+    complete = np.flatnonzero(is_complete)
     if complete.size == 0:
         return None
     return _plan(box, labels, int(complete[labels.sum_s[complete].argmin()]))
@@ -115,10 +118,13 @@ def _last_stages(box: BoxTable, layer: int) -> _Labels:
 def _prepend(box: BoxTable, layer: int, labels: _Labels, chunk: IntArray) -> _Labels:
     """A stage that starts at `layer` in front of each label of the chunk, on every submesh."""
     after, behind = labels.layer[chunk], labels.submesh[chunk]
-    position = np.minimum(labels.position[chunk] + 1, box.latency_s.shape[0] - 1)
+    last = box.latency_s.shape[0] - 1
+    position = np.minimum(labels.position[chunk] + 1, last)
     rows = box.table.rows[layer, after - 1]
     sum_s = labels.sum_s[chunk, None] + box.latency_s[position, rows]
     sum_s += box.boundary_s[after - 1, :, behind]
+    if box.table.num_stages is not None:  # no further stage fits in front
+        sum_s[labels.position[chunk] == last] = np.inf
     index, submesh = np.nonzero(np.isfinite(sum_s))
     return _Labels(
         layer=np.full(index.size, layer),

@@ -279,8 +279,14 @@ def memory_limit(budget_bytes: float) -> float:
     return budget_bytes * (1 + MEMORY_RTOL)
 
 
-def brute_force_stages(problem: StageProblem) -> StageProposal | None:
+def brute_force_stages(
+    problem: StageProblem, num_stages: int | None = None
+) -> StageProposal | None:
     """Tries every partition, submesh and option; the oracle of the tests.
+
+    Args:
+        problem: The problem.
+        num_stages: The number of stages there must be, None if it is free.
 
     Returns:
         The first best plan, or None if none is feasible.
@@ -295,6 +301,8 @@ def brute_force_stages(problem: StageProblem) -> StageProposal | None:
         raise ValueError(f"{total} plans are too many for brute force; use solve_stages.")
     best: StageProposal | None = None
     for stages in _all_plans(problem):
+        if num_stages not in (None, len(stages)):
+            continue
         terms = evaluate_stages(problem, stages)
         if fits(problem, terms) and (best is None or terms.objective_s < best.objective_s):
             best = StageProposal(stages, terms.objective_s)

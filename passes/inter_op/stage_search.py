@@ -112,8 +112,7 @@ class StageSearch:
             num_proposals: How many plans to keep.
             gap: Relative gap at which to stop.
             cutoff_s: Only plans below this are of interest, seconds.
-            num_stages: The number of stages there must be, None if it is free. For a problem in
-                which as many stages of any submesh fit on the devices.
+            num_stages: The number of stages there must be, None if it is free.
         """
         self.problem = problem
         self.proposals: list[StageProposal] = []

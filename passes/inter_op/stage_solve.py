@@ -27,6 +27,7 @@ def solve_stages(
     should_stop: Callable[[], bool] | None = None,
     num_proposals: int = 4,
     gap: float = 0.0,
+    num_stages: int | None = None,
 ) -> StageSolution:
     """Cuts the layers into stages and gives each a submesh and an option.
 
@@ -39,6 +40,7 @@ def solve_stages(
         should_stop: Asked often; True ends the search.
         num_proposals: How many plans to keep for the caller to judge.
         gap: Relative gap at which to stop; 0 asks for a proof of optimality.
+        num_stages: The number of stages there must be, None if it is free.
 
     Returns:
         The solution; see `StageSolution.status` for how it ended.
@@ -68,6 +70,7 @@ def solve_stages(
         should_stop=should_stop,
         num_proposals=num_proposals,
         gap=gap,
+        num_stages=num_stages,
     )[1]
 
 
@@ -78,6 +81,7 @@ def solve_stage_candidates(
     should_stop: Callable[[], bool] | None = None,
     num_proposals: int = 4,
     gap: float = 0.0,
+    num_stages: int | None = None,
 ) -> tuple[int, StageSolution]:
     """Solves alternatives of one step (microbatch counts, schedules) and takes the best.
 
@@ -90,6 +94,7 @@ def solve_stage_candidates(
         should_stop: See `solve_stages`.
         num_proposals: Plans to keep, of the problem that wins.
         gap: Relative gap at which to stop each search.
+        num_stages: See `solve_stages`.
 
     Returns:
         Index of the problem and its solution, whose `lower_bound_s`, `gap` and `status` are about
@@ -119,6 +124,7 @@ def solve_stage_candidates(
             num_proposals=num_proposals,
             gap=gap,
             cutoff_s=best_s,
+            num_stages=num_stages,
         )
         try:
             try:
@@ -149,7 +155,7 @@ def solve_stage_candidates(
         raise min(errors, key=_missing_bytes)
     index, search = best
     proposals = search.proposals
-    if num_proposals > 1 and "interrupted" not in statuses:
+    if num_proposals > 1 and num_stages is None and "interrupted" not in statuses:
         # These come first: what the search met on the way only fills up.
         deeper = deeper_pipelines(
             problems[index],

@@ -1,20 +1,20 @@
-"""Pipelines of equal submeshes: which are worth planning.
+"""Pipelines of a scan over layers: which are worth planning.
 
-Stages of equal submeshes fill the cluster; layers are spread so that the largest stage is as small
-as possible. What is left to search: how many stages, how many microbatches, what is computed again,
-and the schedule. Every candidate is planned and simulated in full. A scan over layers is cut into
-equal pieces, a stage each.
+A scan is cut into equal pieces, a stage each, and stages of equal pieces have equal submeshes. What
+is left to search: how many stages, how many microbatches, what is computed again, and the schedule.
+Every candidate is planned and simulated in full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 
 from alpa_lite.cost_model import Cluster
-from alpa_lite.ir.trace import trace_whole_gradient
+from alpa_lite.ir.trace import TracedStep
 from alpa_lite.passes.inter_op import Submesh
 from alpa_lite.passes.pipeline import StepArgs
 from alpa_lite.passes.pipeline_methods import REMAT_POLICIES, PipeshardParallel
@@ -31,9 +31,15 @@ SEARCHED_SCHEDULES = ("1f1b", "eager_1f1b", "zb-h1", "gpipe")
 _MAX_ROUNDS = 8
 
 
-def scan_length(call: StepArgs, table: RuleTable) -> int:
-    """Iterations of the scan over layers in the step's loss function; 0 if there is none."""
-    traced, closed = trace_whole_gradient(call.fun, *call.args, arg_names=call.arg_names)
+def scan_length(call: StepArgs, whole: tuple[TracedStep, Any], table: RuleTable) -> int:
+    """Iterations of the scan over layers in the step's loss function; 0 if there is none.
+
+    Args:
+      call: the step.
+      whole: `trace_step(call, 1)`.
+      table: sharding rules found so far.
+    """
+    traced, closed = whole
     scans = find_layer_scans(closed, table, state_aliases(traced, call.donate_argnums))
     return scans[0].length if scans and not scans[0].reverse else 0
 
@@ -56,12 +62,6 @@ class GridCandidate:
     remat: str
     schedule: str
 
-    def __str__(self) -> str:
-        return (
-            f"{self.num_stages} stages of {self.submesh}, {self.num_microbatches} microbatches, "
-            f"{self.schedule}, remat {self.remat}"
-        )
-
     def spec(self, flops: Sequence[float]) -> PipelineSpec:
         """With layers of these FLOPs."""
         stages = tuple(
@@ -72,9 +72,9 @@ class GridCandidate:
 
 
 def grid_candidates(
-    call: StepArgs, method: PipeshardParallel, cluster: Cluster, num_layers: int, is_scan: bool
+    call: StepArgs, method: PipeshardParallel, cluster: Cluster, num_layers: int
 ) -> Iterator[GridCandidate]:
-    """Pipelines over so many layers: fewer stages first, then less rematerialisation.
+    """Pipelines of a scan over so many layers: fewer stages first, then less rematerialisation.
 
     The caller stops asking for more rematerialisation once a candidate fits. All have the first
     schedule of `SEARCHED_SCHEDULES` if none is prescribed; of the best, others are tried.
@@ -84,7 +84,7 @@ def grid_candidates(
     for stages in range(1, min(num_layers, cluster.num_devices) + 1):
         submesh = equal_submesh(cluster, stages)
         wanted = method.num_stages in ("auto", stages)
-        if submesh is None or not wanted or (is_scan and num_layers % stages):
+        if submesh is None or not wanted or num_layers % stages:
             continue
         for count in _counts(call, method, stages):
             for remat in remats:

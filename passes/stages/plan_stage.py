@@ -76,7 +76,7 @@ def stage_inputs(
 
 def plan_stage(
     step: StageStep, inputs: PlanningInputs, in_flight: int, meshes: Sequence[Mesh] | None = None,
-    time_limit_s: float = 60.0,
+    time_limit_s: float = 60.0, gap: float = 0.0,
 ) -> StagePlan:  # fmt: skip
     """The best layouts of a stage over all logical meshes.
 
@@ -86,6 +86,7 @@ def plan_stage(
       in_flight: microbatches it holds at once.
       meshes: logical meshes to try; those of the method by default.
       time_limit_s: for all of them together.
+      gap: relative distance to the optimum that is good enough.
 
     Raises:
       InfeasibleError: it fits on none of them.
@@ -97,7 +98,7 @@ def plan_stage(
     failure: InfeasibleError | SolverTimeoutError | None = None
     for mesh in tried:
         try:
-            found = solve_on_mesh(inputs, mesh, time_limit_s / len(tried))
+            found = solve_on_mesh(inputs, mesh, time_limit_s / len(tried), gap)
         except (InfeasibleError, SolverTimeoutError) as error:
             failure = failure or error
             continue

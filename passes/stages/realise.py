@@ -13,7 +13,7 @@ from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError, PlanError
 from alpa_lite.ir.graph import graph_hash
 from alpa_lite.ir.sharding import Mesh
-from alpa_lite.passes.build import PlanningInputs
+from alpa_lite.passes.build import Candidate, PlanningInputs
 from alpa_lite.passes.decisions import Decisions, decide
 from alpa_lite.passes.inter_op import Placement, Submesh, place_submeshes
 from alpa_lite.passes.memory import MemoryProfile, profile_memory, with_in_flight
@@ -48,8 +48,12 @@ from alpa_lite.passes.stages.stage_cost import StageCost, stage_cost
 from alpa_lite.passes.stages.stage_step import StageStep
 from alpa_lite.passes.stages.transfer_cost import link_bytes, transfer_s
 
+# Stages need not be solved closer than this: which stage is the slowest matters, and its prices are
+# no better.
+_GAP = 0.005
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class PlannedPipeline:
     """A pipeline plan together with what the runtime needs to run it.
 
@@ -74,7 +78,7 @@ class PlannedPipeline:
 
 def realise(
     name: str, source: LayeredStep, spec: PipelineSpec, method: PipelineMethod, cluster: Cluster,
-    table: RuleTable, report: Progress,
+    table: RuleTable, report: Progress, known: StageCache | None = None,
 ) -> PlannedPipeline:  # fmt: skip
     """Plan every stage of a pipeline, and simulate it.
 
@@ -86,14 +90,17 @@ def realise(
       cluster: the hardware.
       table: sharding rules found so far.
       report: called with what is being done and the fraction done.
+      known: stages planned for other pipelines of the same step and method; grows.
     """
     schedule, cut, meshes = lay_out(source, spec, cluster)
-    layouts = _StagePlanner(source, spec, schedule, cut, meshes, method, cluster, table)
-    stages = []
-    for index in range(len(cut.cuts)):
-        report(f"planning stage {index + 1} of {len(cut.cuts)}", (index + 1) / len(cut.cuts))
-        stages.append(layouts.plan(index, name))
-    return assemble(name, source, spec, schedule, cut, meshes, stages, method, cluster)
+    layouts = _StagePlanner(source, spec, schedule, cut, meshes, method, cluster, table, known)
+    stages: dict[int, _Laid] = {}
+    # The best layouts with few microbatches in flight are the best with more, if they fit.
+    for done, index in enumerate(sorted(range(len(cut.cuts)), key=layouts.in_flight.__getitem__)):
+        report(f"planning stage {index} of {len(cut.cuts)}", (done + 1) / len(cut.cuts))
+        stages[index] = layouts.plan(index, name)
+    in_order = [stages[i] for i in range(len(cut.cuts))]
+    return assemble(name, source, spec, schedule, cut, meshes, in_order, method, cluster)
 
 
 def lay_out(
@@ -157,6 +164,8 @@ class _Laid:
 
     Attributes:
       step: ports and graph.
+      inputs: decision graph.
+      found: layouts, prices and memory; None if they are those of a loaded plan.
       planned: plan and layouts.
       cost: seconds and bytes.
       peak_bytes: per device.
@@ -165,11 +174,17 @@ class _Laid:
     """
 
     step: StageStep
+    inputs: PlanningInputs
+    found: Candidate | None
     planned: PlannedStep
     cost: StageCost
     peak_bytes: float
     mesh: int
     in_flight: int
+
+
+StageCache = dict[tuple[object, ...], list[_Laid]]
+"""Planned stages by all that decides on their layouts but the microbatches in flight."""
 
 
 class _StagePlanner:
@@ -178,11 +193,12 @@ class _StagePlanner:
     def __init__(
         self, source: LayeredStep, spec: PipelineSpec, schedule: Schedule, cut: CutStep,
         meshes: Sequence[Placement], method: PipelineMethod, cluster: Cluster, table: RuleTable,
+        known: StageCache | None = None,
     ) -> None:  # fmt: skip
         self.source, self.spec, self.schedule, self.cut = source, spec, schedule, cut
         self.meshes, self.method, self.cluster, self.table = meshes, method, cluster, table
         self.in_flight = stages_in_flight(schedule)
-        self.known: dict[tuple[object, ...], _Laid] = {}
+        self.known: StageCache = {} if known is None else known
         homes = [m for placement in schedule.placements for m in placement]
         self.homes = homes
         # Stages that share a mesh share its memory.
@@ -204,35 +220,59 @@ class _StagePlanner:
         mesh, in_flight = self.homes[index], self.in_flight[index]
         count = self.microbatches(index)
         key = (
-            self.cut.signature(index, stage.remat), stage.submesh, stage.mesh_shape, in_flight,
+            self.cut.signature(index, stage.remat), stage.submesh, stage.mesh_shape,
             self.shared[mesh], count,
         )  # fmt: skip
-        like = self.known.get(key) if given is None else None
-        step = self.cut.stage(index, stage.remat, like.step if like else None)
-        if like is not None:
+        alike = self.known.get(key, []) if given is None else []
+        step = self.cut.stage(index, stage.remat, alike[0].step if alike else None)
+        same = self.like(alike, index)
+        if same is not None:
             names = step.traced.graph.input_names
-            specs = dict(zip(names, like.planned.plan.inputs.values(), strict=True))
-            plan = replace(like.planned.plan, name=f"{name}, stage {index}", inputs=specs)
-            return replace(like, step=step, planned=replace(like.planned, plan=plan), mesh=mesh)
-        submesh = subcluster(self.cluster, stage.submesh.num_hosts, stage.submesh.devices_per_host)
-        method = replace(self.method, memory_budget_bytes=self.budget_bytes(index))
-        inputs = stage_inputs(
-            step, count, method, submesh, self.table, folds_keys=self.spec.num_microbatches > 1
-        )
-        if given is None:
-            found = self.search(step, inputs, stage, index)
-            decisions, profile = found.found.decisions, found.found.profile
-            plan = make_plan(
-                f"{name}, stage {index}", graph_hash(step.traced.graph), found.inputs, found.found,
-                (), found.found.wall_s,
-            )  # fmt: skip
+            specs = dict(zip(names, same.planned.plan.inputs.values(), strict=True))
+            plan = replace(same.planned.plan, name=f"{name}, stage {index}", inputs=specs)
+            return replace(same, step=step, planned=replace(same.planned, plan=plan), mesh=mesh)
+        if alike:
+            inputs = alike[0].inputs
         else:
+            submesh = stage.submesh
+            part = subcluster(self.cluster, submesh.num_hosts, submesh.devices_per_host)
+            method = replace(self.method, memory_budget_bytes=self.budget_bytes(index))
+            inputs = stage_inputs(
+                step, count, method, part, self.table, folds_keys=self.spec.num_microbatches > 1
+            )
+        if given is not None:
             plan, decisions, profile = _restored(step, inputs, in_flight, given.plan)
-        cost = stage_cost(inputs, decisions, profile, in_flight)
-        planned = PlannedStep(plan, decisions, step.output_kinds)
-        laid = _Laid(step, planned, cost, profile.peak_bytes, mesh, in_flight)
-        self.known[key] = laid
+            cost = stage_cost(inputs, decisions, profile, in_flight)
+            planned = PlannedStep(plan, decisions, step.output_kinds)
+            return _Laid(
+                step, inputs, None, planned, cost, profile.peak_bytes, mesh, in_flight
+            )  # fmt: skip
+        found = self.search(step, inputs, stage, index).found
+        laid = _laid(f"{name}, stage {index}", step, inputs, found, mesh, in_flight)
+        self.known.setdefault(key, []).append(laid)
         return laid
+
+    def like(self, alike: Sequence[_Laid], index: int) -> _Laid | None:
+        """An alike stage that is planned, if its layouts are the best here too.
+
+        They are if no fewer microbatches are in flight here, and they fit: with more of them the
+        best can only be slower.
+        """
+        in_flight, budget = self.in_flight[index], self.budget_bytes(index)
+        fewer = [laid for laid in alike if laid.in_flight <= in_flight]
+        if not fewer:
+            return None
+        laid = max(fewer, key=lambda each: each.in_flight)
+        if laid.in_flight == in_flight:
+            return laid
+        assert laid.found is not None
+        c, d = laid.inputs.contraction, laid.found.decisions
+        liveness = with_in_flight(c, laid.inputs.liveness, in_flight)
+        profile = profile_memory(c, liveness, d.mesh, d.result_specs, d.operand_specs)
+        if profile.peak_bytes > budget * (1 + 1e-9):
+            return None
+        found = replace(laid.found, profile=profile)
+        return _laid(laid.planned.plan.name, laid.step, laid.inputs, found, laid.mesh, in_flight)
 
     def search(
         self, step: StageStep, inputs: PlanningInputs, stage: StageSpec, index: int
@@ -240,7 +280,9 @@ class _StagePlanner:
         """The best layouts of a stage."""
         meshes = None if stage.mesh_shape is None else [_mesh(self.method, stage.mesh_shape)]
         try:
-            return plan_stage(step, inputs, self.in_flight[index], meshes, self.method.time_limit_s)
+            return plan_stage(
+                step, inputs, self.in_flight[index], meshes, self.method.time_limit_s, _GAP
+            )
         except InfeasibleError as error:
             raise InfeasibleError(
                 f"stage {index} of {len(self.spec.stages)} (layers {stage.layers[0]} to "
@@ -250,6 +292,20 @@ class _StagePlanner:
                 need_bytes=error.need_bytes, budget_bytes=error.budget_bytes, row=error.row,
                 breakdown=error.breakdown,
             ) from None  # fmt: skip
+
+
+def _laid(
+    name: str, step: StageStep, inputs: PlanningInputs, found: Candidate, mesh: int, in_flight: int
+) -> _Laid:
+    """A stage with layouts that were found."""
+    held = with_in_flight(inputs.contraction, inputs.liveness, in_flight)
+    inputs_held = replace(inputs, liveness=held)
+    plan = make_plan(
+        name, graph_hash(step.traced.graph), inputs_held, found, (), found.wall_s
+    )  # fmt: skip
+    cost = stage_cost(inputs, found.decisions, found.profile, in_flight)
+    planned = PlannedStep(plan, found.decisions, step.output_kinds)
+    return _Laid(step, inputs, found, planned, cost, found.profile.peak_bytes, mesh, in_flight)
 
 
 def _mesh(method: Method, shape: Sequence[int]) -> Mesh:
@@ -273,6 +329,18 @@ def _restored(
     return replan(plan, inputs, decisions, overridden), decisions, profile
 
 
+def spec_of(plan: PipelinePlan) -> PipelineSpec:
+    """The pipeline of a plan."""
+    num = plan.num_virtual * len(plan.meshes)
+    return PipelineSpec(
+        tuple(
+            StageSpec(s.layers, plan.meshes[s.mesh].submesh, s.plan.mesh.shape, s.remat)
+            for s in plan.stages[:num]
+        ),
+        plan.num_microbatches, plan.schedule, plan.num_virtual,
+    )  # fmt: skip
+
+
 def restore_pipeline(
     plan: PipelinePlan, call: StepArgs, method: PipelineMethod, *, table: RuleTable
 ) -> PlannedPipeline:
@@ -292,14 +360,7 @@ def restore_pipeline(
             f"{source.graph.num_layers}. Shapes, model code, optimizer, versions or "
             "num_microbatches differ; plan again."
         )
-    num = plan.num_virtual * len(plan.meshes)
-    spec = PipelineSpec(
-        tuple(
-            StageSpec(s.layers, plan.meshes[s.mesh].submesh, s.plan.mesh.shape, s.remat)
-            for s in plan.stages[:num]
-        ),
-        plan.num_microbatches, plan.schedule, plan.num_virtual,
-    )  # fmt: skip
+    spec = spec_of(plan)
     schedule, cut, _ = lay_out(source, spec, plan.cluster)
     homes = [m for placement in schedule.placements for m in placement]
     if homes != [s.mesh for s in plan.stages]:

@@ -26,7 +26,7 @@ from alpa_lite.passes.stages.update import UpdateSplit, split_update
 from alpa_lite.passes.step_contract import batch_positions, split_batch, state_aliases
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class LayeredStep:
     """A step at one microbatch count, ready to be cut into stages.
 
@@ -55,7 +55,7 @@ class LayeredStep:
         return self.graph.parts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class CutStep:
     """A step cut into stages, not traced yet.
 

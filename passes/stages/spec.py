@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 
 from alpa_lite.passes.inter_op import Submesh
@@ -45,3 +47,15 @@ class PipelineSpec:
     def num_meshes(self) -> int:
         """Number of submeshes."""
         return len(self.stages) // self.num_virtual
+
+    def __str__(self) -> str:
+        runs = [
+            (each, len(list(alike)))
+            for each, alike in itertools.groupby(str(s.submesh) for s in self.stages)
+        ]
+        meshes = " + ".join(each if n == 1 else f"{n} x {each}" for each, n in runs)
+        remat = Counter(s.remat for s in self.stages)
+        kept = " + ".join(each if len(remat) == 1 else f"{n} x {each}" for each, n in remat.items())
+        stages = f"{len(self.stages)} stage{'s' * (len(self.stages) > 1)}"
+        count = f"{self.num_microbatches} microbatch{'es' * (self.num_microbatches > 1)}"
+        return f"{stages} on {meshes}, {count}, {self.schedule}, remat {kept}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from alpa_lite.cost_model import MeshCostModel
@@ -10,7 +11,7 @@ from alpa_lite.ir.graph import BACKWARD, FORWARD, UPDATE
 from alpa_lite.passes.build import PlanningInputs
 from alpa_lite.passes.decisions import Decisions, collectives
 from alpa_lite.passes.memory import MemoryProfile, stashed_values
-from alpa_lite.passes.pricing import compute_s, count_work
+from alpa_lite.passes.pricing import Workload, compute_s, count_work
 from alpa_lite.passes.program import FlatOp
 from alpa_lite.passes.report import chosen_strategies
 
@@ -55,9 +56,16 @@ class StageCost:
         return self.resident_bytes + in_flight * self.stash_bytes
 
 
+def phase_work(inputs: PlanningInputs) -> Mapping[str, Workload]:
+    """The work of a stage by phase, whatever its layouts."""
+    phases = (FORWARD, BACKWARD, UPDATE)
+    return {p: count_work(inputs.contraction, inputs.classes, p) for p in phases}
+
+
 def stage_cost(
-    inputs: PlanningInputs, decisions: Decisions, profile: MemoryProfile, in_flight: int
-) -> StageCost:
+    inputs: PlanningInputs, decisions: Decisions, profile: MemoryProfile, in_flight: int,
+    works: Mapping[str, Workload] | None = None,
+) -> StageCost:  # fmt: skip
     """Price a planned stage by task.
 
     Args:
@@ -65,14 +73,14 @@ def stage_cost(
       decisions: its layouts.
       profile: its memory with `in_flight` microbatches.
       in_flight: see `profile`.
+      works: from `phase_work`, if it is there already.
     """
     c = inputs.contraction
     prices = MeshCostModel(inputs.cluster, decisions.mesh.axes)
     chosen = chosen_strategies(inputs, decisions)
     count = c.program.microbatching.num_microbatches
     seconds: dict[str, float] = defaultdict(float)
-    for phase in (FORWARD, BACKWARD, UPDATE):
-        work = count_work(c, inputs.classes, phase)
+    for phase, work in (works or phase_work(inputs)).items():
         seconds[phase] += compute_s(work, chosen, decisions.mesh, prices)
     for use in collectives(decisions):
         each = use.times * prices.collective_s(use.kind, use.payload_bytes, use.axes)

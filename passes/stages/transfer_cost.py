@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from alpa_lite.cost_model import Cluster
-from alpa_lite.passes.inter_op import Placement
+from alpa_lite.passes.inter_op import Placement, Submesh
 from alpa_lite.passes.stages.source import CutStep
+
+
+def variable_bytes(variable: Any) -> int:
+    """Bytes of the whole array."""
+    aval = variable.aval
+    itemsize = aval.dtype.itemsize if isinstance(aval.dtype, np.dtype) else 8
+    return int(math.prod(aval.shape) * itemsize)
 
 
 def link_bytes(cut: CutStep, stage: int) -> tuple[int, int]:
@@ -18,19 +26,14 @@ def link_bytes(cut: CutStep, stage: int) -> tuple[int, int]:
     """
     there = back = 0
     for link in cut.cuts[stage].sent:
-        aval = link.variable.aval
-        itemsize = aval.dtype.itemsize if isinstance(aval.dtype, np.dtype) else 8
-        size = math.prod(aval.shape) * itemsize
+        size = variable_bytes(link.variable)
         there += size
         back += size if link.differentiable else 0
     return there, back
 
 
 def transfer_s(num_bytes: float, source: Placement, target: Placement, cluster: Cluster) -> float:
-    """Seconds to move an array between two submeshes, each byte once.
-
-    As many devices send as the smaller submesh has; within a host over its links, between hosts
-    each over its share of the network. What the target gathers afterwards is not counted.
+    """Seconds to move an array between two placed submeshes; see `seconds_between`.
 
     Args:
       num_bytes: of the whole array.
@@ -38,9 +41,29 @@ def transfer_s(num_bytes: float, source: Placement, target: Placement, cluster: 
       target: where the other lies.
       cluster: the hardware.
     """
-    if not num_bytes or source == target:
+    if source == target:
         return 0.0
     same_host = list(source.hosts) == list(target.hosts) and len(source.hosts) == 1
+    return seconds_between(num_bytes, source.submesh, target.submesh, same_host, cluster)
+
+
+def seconds_between(
+    num_bytes: float, source: Submesh, target: Submesh, same_host: bool, cluster: Cluster
+) -> float:
+    """Seconds to move an array between two submeshes, each byte once.
+
+    As many devices send as the smaller submesh has; within a host over its links, between hosts
+    each over its share of the network. What the target gathers afterwards is not counted.
+
+    Args:
+      num_bytes: of the whole array.
+      source: shape of one submesh.
+      target: shape of the other.
+      same_host: whether they share a host.
+      cluster: the hardware.
+    """
+    if not num_bytes:
+        return 0.0
     link = cluster.intra_host if same_host else cluster.inter_host
-    senders = min(source.submesh.num_devices, target.submesh.num_devices)
+    senders = min(source.num_devices, target.num_devices)
     return link.alpha_s + num_bytes / senders * link.beta_s_per_byte

@@ -1,0 +1,399 @@
+"""The search for stages: which pipelines are worth planning whole.
+
+    trace      step at a number of microbatches  -> LayeredStep     source
+    price      kinds of layers, on all submeshes -> LayerCosts      layer_costs
+    tabulate   all ranges of layers              -> StageTables     stage_tables
+    solve      stages, submeshes, options        -> Proposal        inter_op
+
+Numbers of microbatches are priced one after the other: first a middling one, then the one that
+looks best by what has been priced, until the best is one of those priced. Ctrl-C and the end of
+the time budget leave what has been priced so far.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from alpa_lite.cost_model import Cluster
+from alpa_lite.errors import InfeasibleError, PlanError, SolverTimeoutError, StepError
+from alpa_lite.ir.trace import TracedStep
+from alpa_lite.passes.inter_op import (
+    Stage,
+    StageProblem,
+    gpipe_in_flight,
+    one_f_one_b_in_flight,
+    solve_interleaved,
+    solve_stages,
+)
+from alpa_lite.passes.inter_op.stage_problem import InFlight
+from alpa_lite.passes.pipeline import Progress, StepArgs
+from alpa_lite.passes.pipeline_methods import REMAT_POLICIES, PipeshardParallel
+from alpa_lite.passes.rules import RuleTable
+from alpa_lite.passes.schedules import SCHEDULES
+from alpa_lite.passes.stages.given_spec import balanced_stages
+from alpa_lite.passes.stages.grid_search import equal_submesh
+from alpa_lite.passes.stages.layer_costs import LayerPricer
+from alpa_lite.passes.stages.parts import split_parts
+from alpa_lite.passes.stages.search_space import (
+    first_count,
+    microbatch_counts,
+    offered_submeshes,
+)
+from alpa_lite.passes.stages.source import LayeredStep, layer_step
+from alpa_lite.passes.stages.spec import PipelineSpec, StageSpec
+from alpa_lite.passes.stages.stage_tables import StageTables, costs_at, crossing, stage_tables
+from alpa_lite.passes.step_contract import batch_positions
+
+# The share of the time budget after which nothing more is priced: the rest is for planning whole.
+_PRICING_SHARE = 0.6
+
+# Numbers of microbatches that are priced at most.
+_MAX_PRICED = 4
+
+# Another number is priced if it looks better than the best by this share.
+_WORTH = 0.01
+
+# The stage program need not be solved closer than the prices are.
+_GAP = 0.005
+
+_NUM_PROPOSALS = 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposal:
+    """A pipeline worth planning.
+
+    Attributes:
+      source: the step at its number of microbatches.
+      spec: the pipeline.
+      estimate_s: seconds per step by the prices of layers.
+    """
+
+    source: LayeredStep
+    spec: PipelineSpec
+    estimate_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Priced:
+    """One number of microbatches."""
+
+    source: LayeredStep
+    pricer: LayerPricer
+    crossing: tuple[np.ndarray, np.ndarray]
+
+
+class StageSearch:
+    """Proposes pipelines for a step on a cluster.
+
+    Attributes:
+      notes: what the user should know.
+      gap: distance of the best proposal to what no other can beat, by the prices of layers.
+    """
+
+    def __init__(
+        self, call: StepArgs, whole: tuple[TracedStep, Any], method: PipeshardParallel,
+        cluster: Cluster, table: RuleTable, report: Progress,
+    ) -> None:  # fmt: skip
+        """Prepares a search.
+
+        Args:
+          call: the step.
+          whole: `trace_step(call, 1)`.
+          method: what is prescribed.
+          cluster: the hardware.
+          table: sharding rules found so far.
+          report: called with what is being done and the fraction done.
+        """
+        self.call, self.method, self.cluster, self.table = call, method, cluster, table
+        self.report = report
+        self.started = time.monotonic()
+        self.notes: list[str] = []
+        self.gap = 0.0
+        self.whole = whole
+        self.schedule = "1f1b" if method.schedule == "auto" else method.schedule
+        self.remats = REMAT_POLICIES if method.remat == "auto" else (method.remat,)
+        self.counts = microbatch_counts(call, method)
+        self.priced: dict[int, _Priced] = {}
+        self.is_stopped = False
+
+    @property
+    def budget_bytes(self) -> float:
+        """Memory per device."""
+        return float(self.method.memory_budget_bytes or self.cluster.usable_hbm_bytes)
+
+    def run(self) -> list[Proposal]:
+        """The best proposals by the prices of layers, best first; none if none fits.
+
+        Raises:
+          SolverTimeoutError: the time ran out before anything was priced.
+          StepError: the step cannot be cut into microbatches or layers.
+        """
+        self._price_first()
+        while True:
+            best_s, _ = min(self._estimate(n) for n in self.priced)
+            others = [self._estimate(n) for n in self.counts if n not in self.priced]
+            other_s, count = min(others, default=(math.inf, 0))
+            if math.isinf(best_s) and math.isinf(other_s) and others:
+                other_s, count = 0.0, max(n for _, n in others)  # small microbatches need least
+            if self.is_stopped or other_s >= best_s * (1 - _WORTH) or not self._has_time():
+                break
+            self._price(count)
+        return self.proposals(1.0)
+
+    def proposals(self, memory_share: float) -> list[Proposal]:
+        """The best proposals that use so much of the memory budget."""
+        _, count = min(self._estimate(n, memory_share) for n in self.priced)
+        priced = self.priced[count]
+        tables = self._tables(count, memory_share)
+        self.report(f"solving for {count} microbatches", 0.6)
+        found = []
+        for stages, num_virtual, seconds in self._solve(tables, _NUM_PROPOSALS):
+            spec = _spec(tables, stages, count, self.schedule, num_virtual)
+            found.append(Proposal(priced.source, spec, seconds))
+        return found
+
+    def interleaved(self, count: int) -> Proposal | None:
+        """The best pipeline with two stages per submesh, if there is one."""
+        tables = self._tables(count, 1.0)
+        solved = _solve_virtual(tables.problem, 2, self._time_left_s())
+        if solved is None:
+            return None
+        stages, seconds = solved
+        spec = _spec(tables, stages, count, "interleaved_1f1b", 2)
+        return Proposal(self.priced[count].source, spec, seconds)
+
+    def smallest(self) -> tuple[LayeredStep, PipelineSpec]:
+        """A pipeline that needs little memory: many stages, small microbatches, all recomputed."""
+        source = self.priced[max(self.priced)].source
+        most = min(source.graph.num_layers, self.cluster.num_devices)
+        wanted = (most,) if self.method.num_stages == "auto" else (self.method.num_stages,)
+        num, submesh = 1, equal_submesh(self.cluster, 1)
+        for stages in range(max(wanted), 0, -1):
+            if (shape := equal_submesh(self.cluster, stages)) is not None:
+                num, submesh = stages, shape
+                break
+        assert submesh is not None
+        stages_of = balanced_stages(source.graph.flops, num)
+        specs = [StageSpec(tuple(each), submesh, None, self.remats[-1]) for each in stages_of]
+        return source, PipelineSpec(tuple(specs), source.num_microbatches, self.schedule)
+
+    # Price.
+
+    def _price_first(self) -> None:
+        """Price the first number of microbatches; one, if there can be no others."""
+        try:
+            self._price(first_count(self.counts, self.cluster))
+        except StepError:
+            if self.method.num_microbatches != "auto" or self.counts == (1,):
+                raise
+            self.counts = (1,)
+            self._price(1)
+
+    def _price(self, count: int) -> None:
+        """Price all layers at one number of microbatches."""
+        self.report(f"tracing for {count} microbatches", 0.0)
+        source = layer_step(
+            self.call, count, self.method.layer_num, table=self.table, full_batch=self.whole
+        )
+        self._check_stages(source.graph.num_layers)
+        pricer = LayerPricer(
+            source, self.method, self.cluster, self.table, self.remats, self._at_once(source)
+        )
+        deadline_s = self.started + _PRICING_SHARE * self.method.time_limit_s
+        submeshes = offered_submeshes(self.cluster, source.graph.num_layers)
+        for number, submesh in enumerate(submeshes):
+            self.report(
+                f"pricing layers on {submesh} for {count} microbatches",
+                0.6 * number / len(submeshes),
+            )
+            try:
+                in_time = pricer.price(submesh, deadline_s)
+            except KeyboardInterrupt:
+                if not pricer.submeshes:
+                    raise
+                self._stop("Ctrl-C", submeshes[number:])
+                break
+            if not in_time:
+                if not pricer.submeshes:
+                    raise SolverTimeoutError(
+                        "the layers could not be priced in time. Raise time_limit_s."
+                    )
+                self._stop("its time limit", submeshes[number:])
+                break
+        self.priced[count] = _Priced(source, pricer, crossing(pricer.cut))
+
+    def _at_once(self, source: LayeredStep) -> LayeredStep | None:
+        """The step with the whole batch as one microbatch, with the same layers."""
+        traced, closed = self.whole
+        if len(self.counts) == 1:
+            return None
+        parts = split_parts(closed, batch_positions(traced, self.call.batch_argnums))
+        pairs = zip(parts.loop, source.parts.loop, strict=False)
+        alike = len(parts.loop) == len(source.parts.loop)
+        if not alike or any(a.primitive is not b.primitive for a, b in pairs):
+            return None
+        return replace(
+            source, traced=traced, graph=replace(source.graph, parts=parts), num_microbatches=1
+        )
+
+    def _check_stages(self, num_layers: int) -> None:
+        """Check that there can be as many stages as asked for."""
+        wanted = self.method.num_stages
+        if wanted == "auto":
+            return
+        if wanted > num_layers:
+            raise StepError(
+                f"{wanted} stages need at least as many layers; the model has {num_layers}. Use "
+                "fewer stages, or a larger layer_num."
+            )
+        if wanted > self.cluster.num_devices:
+            raise PlanError(
+                f"{wanted} stages need at least as many devices; the cluster has "
+                f"{self.cluster.num_devices}. Use fewer stages."
+            )
+
+    def _stop(self, by: str, missing: Sequence[object]) -> None:
+        self.is_stopped = True
+        self.notes.append(
+            f"the search was ended by {by}: stages on {', '.join(map(str, missing))} devices were "
+            "not considered"
+        )
+
+    def _has_time(self) -> bool:
+        """Whether there is time to price another number of microbatches."""
+        spent = time.monotonic() - self.started
+        each = spent / max(1, len(self.priced))
+        limit = _PRICING_SHARE * self.method.time_limit_s
+        return len(self.priced) < _MAX_PRICED and spent + each < limit
+
+    def _time_left_s(self) -> float:
+        return max(1.0, self.started + self.method.time_limit_s - time.monotonic())
+
+    # Solve.
+
+    def _tables(self, count: int, memory_share: float) -> StageTables:
+        near = min(self.priced, key=lambda n: abs(math.log(n / count)))
+        there, back = self.priced[near].crossing
+        costs = costs_at(self.priced[near].pricer.costs(), count)
+        return stage_tables(
+            costs,
+            (there * near / count, back * near / count),
+            self.remats,
+            self.cluster,
+            memory_share * self.budget_bytes,
+            _in_flight(self.schedule),
+        )
+
+    def _estimate(self, count: int, memory_share: float = 1.0) -> tuple[float, int]:
+        """Seconds per step of the best stages for a number of microbatches, and the number.
+
+        Lean options that the best stages of a priced number choose are priced.
+        """
+        while True:
+            tables = self._tables(count, memory_share)
+            solved = self._solve(tables, 1)
+            if not solved:
+                return math.inf, count
+            stages, _, seconds = solved[0]
+            priced = self.priced.get(count)
+            guessed = set()
+            if priced is not None:
+                guesses = priced.pricer.guesses
+                chosen = {(s.submesh, s.option // len(self.remats)) for s in stages}
+                guessed = chosen & guesses
+            if priced is None or not guessed:
+                return seconds, count
+            for submesh, option in guessed:
+                priced.pricer.price_lean(submesh, option)
+
+    def _solve(
+        self, tables: StageTables, num_proposals: int
+    ) -> list[tuple[tuple[Stage, ...], int, float]]:
+        """Stages, stages per submesh and seconds of the best plans, best first."""
+        problem, family = tables.problem, SCHEDULES[self.schedule]
+        wanted = None if self.method.num_stages == "auto" else self.method.num_stages
+        num_virtual = family.num_virtual or max(2, self.method.num_virtual)
+        if num_virtual > 1:
+            solved = _solve_virtual(problem, num_virtual, self._time_left_s())
+            return [] if solved is None else [(solved[0], num_virtual, solved[1])]
+        if family.even:
+            return [(stages, 1, s) for stages, s in _solve_even(problem, self.schedule, wanted)]
+        try:
+            found = solve_stages(
+                problem, time_limit_s=self._time_left_s(), num_proposals=num_proposals, gap=_GAP,
+                num_stages=wanted,
+            )  # fmt: skip
+        except (InfeasibleError, SolverTimeoutError):
+            return []
+        if num_proposals > 1:
+            self.gap = found.gap
+        return [(p.stages, 1, p.objective_s) for p in found.proposals]
+
+
+def _in_flight(schedule: str) -> InFlight:
+    if schedule == "gpipe":
+        return gpipe_in_flight
+    if schedule == "eager_1f1b":
+        return lambda after, count: min(2 * after + 1, count)
+    return one_f_one_b_in_flight
+
+
+def _solve_virtual(
+    problem: StageProblem, num_virtual: int, time_limit_s: float
+) -> tuple[tuple[Stage, ...], float] | None:
+    """Several stages on each of equal submeshes."""
+    if problem.num_layers < 2 * num_virtual:
+        return None
+    try:
+        found = solve_interleaved(problem, num_virtual, time_limit_s=time_limit_s, gap=_GAP)
+    except (InfeasibleError, SolverTimeoutError):
+        return None
+    return found.chunks, found.objective_s
+
+
+def _solve_even(
+    problem: StageProblem, schedule: str, wanted: int | None
+) -> list[tuple[tuple[Stage, ...], float]]:
+    """Two pipelines in opposite directions through an even number of equal submeshes."""
+    found = []
+    for index, submesh in enumerate(problem.submeshes):
+        most = min(problem.num_layers, problem.num_devices // submesh.num_devices)
+        num = wanted or most - most % 2
+        if num < 2 or num % 2 or num > most or problem.num_microbatches < num:
+            continue
+        held = SCHEDULES[schedule].in_flight(num, problem.num_microbatches, 1)
+        only = slice(index, index + 1)
+        one = replace(
+            problem, submeshes=(submesh,), latency_s=problem.latency_s[:, only],
+            fixed_bytes=2 * problem.fixed_bytes[:, only],
+            in_flight_bytes=problem.in_flight_bytes[:, only],
+            per_step_s=2 * problem.per_step_s[:, only],
+            boundary_s=problem.boundary_s[:, only, only],
+            in_flight=lambda after, _, held=held: held[len(held) - 1 - after],  # type: ignore[misc]
+        )  # fmt: skip
+        try:
+            best = solve_stages(one, num_proposals=1, gap=_GAP, num_stages=num)
+        except (InfeasibleError, SolverTimeoutError):
+            continue
+        stages = tuple(replace(s, submesh=index) for s in best.stages)
+        found.append((stages, best.objective_s))
+    return sorted(found, key=lambda pair: pair[1])
+
+
+def _spec(
+    tables: StageTables, stages: Sequence[Stage], count: int, schedule: str, num_virtual: int
+) -> PipelineSpec:
+    found = []
+    for stage in stages:
+        option = tables.options[stage.submesh][stage.option]
+        layers = tuple(range(stage.first_layer, stage.last_layer + 1))
+        submesh = tables.problem.submeshes[stage.submesh]
+        found.append(StageSpec(layers, submesh, option.layers.mesh_shape, option.remat))
+    return PipelineSpec(tuple(found), count, schedule, num_virtual)

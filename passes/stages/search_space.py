@@ -1,0 +1,66 @@
+"""What a search over pipelines looks at: microbatch counts, submeshes, logical meshes.
+
+Left out is only what cannot be, or would waste devices whatever the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+
+from alpa_lite.cost_model import Cluster
+from alpa_lite.errors import PlanError
+from alpa_lite.passes.inter_op import Submesh, submesh_shapes
+from alpa_lite.passes.meshes import candidate_meshes
+from alpa_lite.passes.pipeline import StepArgs
+from alpa_lite.passes.pipeline_methods import PipeshardParallel
+from alpa_lite.passes.stages.plan_stage import subcluster
+
+# More microbatches than this are not tried: what they save in bubble and memory is little.
+_MAX_MICROBATCHES = 1024
+
+# Submeshes are not offered if stages of one layer each on them would leave all but this share of
+# the devices idle.
+_LEAST_USE = 0.2
+
+
+def microbatch_counts(call: StepArgs, method: PipeshardParallel) -> tuple[int, ...]:
+    """The counts to try: the given one, or all powers of two that divide the batch."""
+    if method.num_microbatches != "auto":
+        return (method.num_microbatches,)
+    leaves = [x for a in call.batch_argnums for x in jax.tree.leaves(call.args[a])]
+    sizes = [x.shape[0] for x in leaves if getattr(x, "shape", ())]
+    counts, count = [1], 2
+    while sizes and all(size % count == 0 for size in sizes) and count <= _MAX_MICROBATCHES:
+        counts.append(count)
+        count *= 2
+    return tuple(counts)
+
+
+def first_count(counts: Sequence[int], cluster: Cluster) -> int:
+    """The count to price first: several microbatches for each of a middling number of stages.
+
+    Not the last, if there are others: with one row in a microbatch, the dim of the batch is gone,
+    and layouts are not those of larger microbatches.
+    """
+    wanted = 4 * cluster.num_devices**0.5
+    return min(counts[:-1] or counts, key=lambda n: (abs(n - wanted), n))
+
+
+def offered_submeshes(cluster: Cluster, num_layers: int) -> tuple[Submesh, ...]:
+    """The shapes of submeshes that a stage may have, smallest first."""
+    shapes = submesh_shapes(cluster.num_hosts, cluster.devices_per_host)
+    least = _LEAST_USE * cluster.num_devices / num_layers
+    return tuple(s for s in shapes if s.num_devices >= least)
+
+
+def mesh_shapes(
+    method: PipeshardParallel, cluster: Cluster, submesh: Submesh
+) -> list[tuple[int, ...]]:
+    """The logical meshes of a submesh; none if the method prescribes one of another size."""
+    part = subcluster(cluster, submesh.num_hosts, submesh.devices_per_host)
+    try:
+        return [mesh.shape for mesh in candidate_meshes(method, part)]
+    except PlanError:
+        return []
