@@ -12,13 +12,11 @@ from __future__ import annotations
 import cProfile
 import json
 import pstats
-import resource
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.apart import peak_rss_gb, run_apart
 from benchmarks.options import parse_options
 from benchmarks.results_table import Column, ResultsTable, describe_environment
 
@@ -96,7 +94,7 @@ def run_case(case: Case) -> dict[str, Any]:
         "solve_s": finished - first_solve,
         "plan_s": finished - begun,
         "plan_cpu_s": cpu_finished - cpu_begun,
-        "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "peak_rss_gb": peak_rss_gb(),
         "num_decisions": plan.solve.num_decisions,
         "num_strategies": plan.solve.num_strategies,
         "meshes": len(plan.alternatives),
@@ -105,15 +103,6 @@ def run_case(case: Case) -> dict[str, Any]:
         "gap": plan.solve.gap,
         "predicted_step_s": plan.predicted.step_s,
     }
-
-
-def run_apart(case: Case) -> dict[str, Any]:
-    """Plan once, in a fresh process."""
-    command = [sys.executable, "-m", "benchmarks.planning_time", "--here", case.name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{case.name} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def profile_case(case: Case) -> None:
@@ -138,7 +127,13 @@ def main() -> None:
         return
     rows = []
     for case in (by_name[name] for name in options.chosen):
-        rows.append({"case": case.name, "limit_s": case.limit_s, **run_apart(case)})
+        rows.append(
+            {
+                "case": case.name,
+                "limit_s": case.limit_s,
+                **run_apart("benchmarks.planning_time", case.name),
+            }
+        )
         print(rows[-1], flush=True)
     if options.save:
         keys = {c.key for c in COLUMNS}

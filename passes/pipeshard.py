@@ -46,9 +46,9 @@ from alpa_lite.passes.stages.realise import restore_pipeline as restore_pipeline
 from alpa_lite.passes.stages.source import LayeredStep, layer_step, trace_step
 from alpa_lite.passes.stages.spec import PipelineSpec
 
-# Shares of the memory budget for proposals: stages need a little more than their layers one by
-# one, so that what is proposed for all of it may not fit.
-_MEMORY_SHARES = (1.0, 0.93, 0.85, 0.75, 0.6)
+# Shares of the memory budget that proposals may use: stages may need a little more than their
+# layers one by one.
+_MEMORY_SHARES = (0.98, 0.93, 0.85, 0.75, 0.6)
 
 # Proposals are planned if their estimate is within this factor of the best one's.
 _CLOSE = 1.05
@@ -143,14 +143,13 @@ class _Planner:
         search.run()
         for share in _MEMORY_SHARES:
             proposals = search.proposals(share)
-            for proposal in proposals:
-                enough = self.best is not None and (
-                    self.spent > 1 or proposal.estimate_s > _CLOSE * proposals[0].estimate_s
-                )
-                if not enough:
+            if not proposals or self.plan(proposals[0].source, proposals[0].spec) is None:
+                continue
+            first = proposals[0]
+            for proposal in proposals[1:]:
+                if self.spent < 1 and proposal.estimate_s < _CLOSE * first.estimate_s:
                     self.plan(proposal.source, proposal.spec)
-            if self.best is not None:
-                break
+            break
         if self.best is None:
             source, spec = search.smallest()
             self.plan(source, spec)

@@ -130,7 +130,16 @@ def solve_stage_candidates(
             try:
                 statuses.append(search.run())
             except NoPlanError:
-                errors.append(infeasible_error(problem, search.check_time))
+                if num_stages is None:
+                    errors.append(infeasible_error(problem, search.check_time))
+                else:
+                    errors.append(
+                        InfeasibleError(
+                            f"No plan of exactly {num_stages} stages is offered, fits "
+                            f"{problem.num_devices} devices and the memory budget. Use another "
+                            "number of stages."
+                        )
+                    )
                 continue
         except StopSearchError:
             stopped = should_stop is not None and should_stop()

@@ -252,6 +252,8 @@ class LayerPricer:
         where = [layer for layer, each in enumerate(self.kinds) if each == kind]
         step = cut.stage(where[len(where) // 2], remat)
         count = cut.source.num_microbatches
+        if cut is not self.cut:
+            count = 2  # so that what is done once per step can be told from what is done each time
         several = self.source.num_microbatches > 1
         return stage_inputs(step, count, self.method, self.cluster, self.table, folds_keys=several)
 

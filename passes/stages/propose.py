@@ -41,6 +41,7 @@ from alpa_lite.passes.stages.grid_search import equal_submesh
 from alpa_lite.passes.stages.layer_costs import LayerPricer
 from alpa_lite.passes.stages.parts import split_parts
 from alpa_lite.passes.stages.search_space import (
+    batch_size,
     first_count,
     microbatch_counts,
     offered_submeshes,
@@ -49,9 +50,10 @@ from alpa_lite.passes.stages.source import LayeredStep, layer_step
 from alpa_lite.passes.stages.spec import PipelineSpec, StageSpec
 from alpa_lite.passes.stages.stage_tables import StageTables, costs_at, crossing, stage_tables
 from alpa_lite.passes.step_contract import batch_positions
+from alpa_lite.passes.units import format_bytes
 
 # The share of the time budget after which nothing more is priced: the rest is for planning whole.
-_PRICING_SHARE = 0.6
+_PRICING_SHARE = 0.45
 
 # Numbers of microbatches that are priced at most.
 _MAX_PRICED = 4
@@ -132,10 +134,12 @@ class StageSearch:
         """The best proposals by the prices of layers, best first; none if none fits.
 
         Raises:
+          InfeasibleError: the state does not fit even if it is split over all devices.
           SolverTimeoutError: the time ran out before anything was priced.
           StepError: the step cannot be cut into microbatches or layers.
         """
         self._price_first()
+        self._check_state()
         while True:
             best_s, _ = min(self._estimate(n) for n in self.priced)
             others = [self._estimate(n) for n in self.counts if n not in self.priced]
@@ -189,7 +193,7 @@ class StageSearch:
     def _price_first(self) -> None:
         """Price the first number of microbatches; one, if there can be no others."""
         try:
-            self._price(first_count(self.counts, self.cluster))
+            self._price(first_count(self.counts, batch_size(self.call), self.cluster))
         except StepError:
             if self.method.num_microbatches != "auto" or self.counts == (1,):
                 raise
@@ -258,6 +262,20 @@ class StageSearch:
                 f"{wanted} stages need at least as many devices; the cluster has "
                 f"{self.cluster.num_devices}. Use fewer stages."
             )
+
+    def _check_state(self) -> None:
+        """Check that all state fits if it is split over all devices."""
+        (priced,) = self.priced.values()
+        total = sum(priced.pricer.state_bytes[kind] for kind in priced.pricer.kinds)
+        need = total / self.cluster.num_devices
+        if need > self.budget_bytes:
+            raise InfeasibleError(
+                f"parameters, optimizer state and sums of gradients take {format_bytes(total)}, "
+                f"which is {format_bytes(need)} on each of {self.cluster.num_devices} devices if "
+                f"all is split over all of them; {format_bytes(self.budget_bytes)} may be used. "
+                "Use more devices, an optimizer with less state, or parameters of a smaller dtype.",
+                need_bytes=need, budget_bytes=self.budget_bytes,
+            )  # fmt: skip
 
     def _stop(self, by: str, missing: Sequence[object]) -> None:
         self.is_stopped = True

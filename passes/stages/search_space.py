@@ -5,6 +5,7 @@ Left out is only what cannot be, or would waste devices whatever the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -20,6 +21,9 @@ from alpa_lite.passes.stages.plan_stage import subcluster
 # More microbatches than this are not tried: what they save in bubble and memory is little.
 _MAX_MICROBATCHES = 1024
 
+# Pipelines of large models have about so many devices, 8 of a host x 16 stages, for each row.
+_DEVICES_PER_ROW = 128
+
 # Submeshes are not offered if stages of one layer each on them would leave all but this share of
 # the devices idle.
 _LEAST_USE = 0.2
@@ -29,23 +33,34 @@ def microbatch_counts(call: StepArgs, method: PipeshardParallel) -> tuple[int, .
     """The counts to try: the given one, or all powers of two that divide the batch."""
     if method.num_microbatches != "auto":
         return (method.num_microbatches,)
-    leaves = [x for a in call.batch_argnums for x in jax.tree.leaves(call.args[a])]
-    sizes = [x.shape[0] for x in leaves if getattr(x, "shape", ())]
+    size = batch_size(call)
     counts, count = [1], 2
-    while sizes and all(size % count == 0 for size in sizes) and count <= _MAX_MICROBATCHES:
+    while size and size % count == 0 and count <= _MAX_MICROBATCHES:
         counts.append(count)
         count *= 2
     return tuple(counts)
 
 
-def first_count(counts: Sequence[int], cluster: Cluster) -> int:
-    """The count to price first: several microbatches for each of a middling number of stages.
+def batch_size(call: StepArgs) -> int:
+    """Rows of the batch; of several sizes what divides all."""
+    leaves = [x for a in call.batch_argnums for x in jax.tree.leaves(call.args[a])]
+    return math.gcd(*(x.shape[0] for x in leaves if getattr(x, "shape", ())))
 
-    Not the last, if there are others: with one row in a microbatch, the dim of the batch is gone,
-    and layouts are not those of larger microbatches.
+
+def first_count(counts: Sequence[int], batch_size: int, cluster: Cluster) -> int:
+    """The count to price first: microbatches of one row for so many devices, but at least of two.
+
+    With one row in a microbatch the dim of the batch is gone, and layouts are not those of larger
+    microbatches.
+
+    Args:
+      counts: to choose from, ascending.
+      batch_size: rows of the batch.
+      cluster: the hardware.
     """
-    wanted = 4 * cluster.num_devices**0.5
-    return min(counts[:-1] or counts, key=lambda n: (abs(n - wanted), n))
+    rows = max(1, cluster.num_devices // _DEVICES_PER_ROW)
+    wanted = batch_size // rows
+    return min(counts[:-1] or counts, key=lambda n: (abs(math.log(n / max(1, wanted))), n))
 
 
 def offered_submeshes(cluster: Cluster, num_layers: int) -> tuple[Submesh, ...]:

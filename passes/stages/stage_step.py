@@ -150,7 +150,7 @@ def stage_signature(
             digest.update(f"{equation_key(eqn)}({read_by})->{made}\n".encode())
         digest.update(b"--\n")
     for result in cut.results:
-        digest.update(f"result {result} {number(parts.results[result][1])}\n".encode())
+        digest.update(f"result {result == 0} {number(parts.results[result][1])}\n".encode())
     for variable, found in split.contributions.items():
         here = [c for c in found if c.stage == cut.index]
         if here or variable in split.sums[cut.index]:

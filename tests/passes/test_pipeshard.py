@@ -114,8 +114,17 @@ def test_memory_decides_on_rematerialisation() -> None:
 
 
 def test_nothing_fits() -> None:
-    with pytest.raises(InfeasibleError, match=r"stage \d of \d .* More stages"):
+    with pytest.raises(
+        InfeasibleError, match=r"sums of gradients take .* Use more devices"
+    ) as found:
         plan(call_of("mlp-test"), PipeshardParallel(memory_budget_bytes=1000))
+    assert found.value.need_bytes > found.value.budget_bytes == 1000
+
+
+def test_the_state_fits_but_not_the_activations() -> None:
+    call = call_of("gpt-test", num_layers=2)
+    with pytest.raises(InfeasibleError, match=r"stage \d of \d .* More stages"):
+        plan(call, PipeshardParallel(memory_budget_bytes=400_000, num_microbatches=1))
 
 
 def test_more_stages_than_layers_or_devices() -> None:

@@ -72,6 +72,25 @@ def test_same_optimum_as_brute_force(first):
     assert 25 < feasible < 50
 
 
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_same_optimum_as_brute_force_with_a_given_number_of_stages(first):
+    feasible = 0
+    for seed in range(first, first + 50):
+        problem = random_problem(seed)
+        for num_stages in range(1, min(3, problem.num_layers) + 1):
+            expected = brute_force_stages(problem, num_stages)
+            if expected is None:
+                with pytest.raises(InfeasibleError):
+                    solve_stages(problem, num_stages=num_stages)
+                continue
+            feasible += 1
+            solution = solve_stages(problem, num_stages=num_stages)
+            check_solution(problem, solution)
+            assert {len(p.stages) for p in solution.proposals} == {num_stages}
+            assert solution.objective_s == pytest.approx(expected.objective_s, rel=2e-9)
+    assert feasible > 25
+
+
 @hypothesis.given(seed=seeds)
 @hypothesis.settings(max_examples=60)
 def test_one_more_option_is_never_worse(seed):
