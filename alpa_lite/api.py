@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from alpa_lite.passes.pipeline_methods import PipelineMethod
 from alpa_lite.passes.pipeline_plan import PipelinePlan
 from alpa_lite.passes.pipeshard import PlannedPipeline, plan_pipeline, restore_pipeline
 from alpa_lite.passes.plan import Plan
+from alpa_lite.passes.plan_cache import PlanCache
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.runtime.agreement import agreed, plan_facts, plan_once
 from alpa_lite.runtime.arguments import OwnResults, refuse_traced
@@ -42,6 +44,7 @@ def parallelize(
     static_argnums: Sequence[int] = (),
     static_argnames: str | Sequence[str] = (),
     plan: Plan | PipelinePlan | None = None,
+    plan_cache: str | Path | None = None,
 ) -> Any:
     """Plan a train step for a cluster and run it sharded.
 
@@ -69,6 +72,8 @@ def parallelize(
       static_argnames: further ones by name, such as keyword-only ones.
       plan: run this plan instead of searching. With `cluster`, it must be a plan for that cluster;
         without, it runs on any attached devices of the same number.
+      plan_cache: a folder to keep plans in: a step that was planned before, for the same cluster,
+        options and versions, is not planned again.
 
     Raises:
       TypeError: `fn` is not callable, or `method` or `plan` is something else.
@@ -91,7 +96,7 @@ def parallelize(
         return ParallelStep(
             function, method=method, cluster=cluster, batch_argnums=batch_argnums,
             donate_argnums=donate_argnums, static_argnums=static_argnums,
-            static_argnames=static_argnames, plan=plan,
+            static_argnames=static_argnames, plan=plan, plan_cache=plan_cache,
         )  # fmt: skip
 
     return wrap if fn is None else wrap(fn)
@@ -104,7 +109,7 @@ class ParallelStep:
         self, fn: Callable[..., Any], *, method: Method, cluster: Cluster | str | None,
         batch_argnums: Sequence[int], donate_argnums: Sequence[int],
         static_argnums: Sequence[int], static_argnames: str | Sequence[str],
-        plan: Plan | PipelinePlan | None,
+        plan: Plan | PipelinePlan | None, plan_cache: str | Path | None,
     ) -> None:  # fmt: skip
         if not callable(fn):
             raise TypeError(
@@ -126,6 +131,7 @@ class ParallelStep:
             static_names=_checked_names(static_argnames, self._signature),
         )
         self._given_plan = _checked_plan(plan, self._cluster)
+        self._cache = None if plan_cache is None else PlanCache(Path(plan_cache))
         self._rules = RuleTable()
         self._planned: dict[Any, PlannedStep | PlannedPipeline] = {}
         self._executables: dict[Any, Executable | PipelineExecutable] = {}
@@ -165,7 +171,12 @@ class ParallelStep:
           StepError: the step does not return its state first.
         """
         call = bind_call(self._signature, self._argnums, args, kwargs)
-        return self._plan(call, call.key(), progress).plan
+        key = call.key()
+        if key not in self._planned and self._given_plan is None and process_group() is None:
+            found = self._cached(self._step_args(call))
+            if found is not None:
+                return found
+        return self._plan(call, key, progress).plan
 
     def compile(self, *args: Any, **kwargs: Any) -> Executable | PipelineExecutable:
         """The compiled program for these arguments, on the attached devices."""
@@ -277,10 +288,18 @@ class ParallelStep:
         staged = method if isinstance(method, PipelineMethod) else PipelineMethod()
 
         def search() -> PlannedStep | PlannedPipeline:
+            found = self._cached(step)
+            if found is not None:
+                return rebuild(found)
             cluster = self._cluster or attached_cluster()
+            planned: PlannedStep | PlannedPipeline
             if isinstance(method, PipelineMethod):
-                return plan_pipeline(step, method, cluster, table=table, progress=progress)
-            return plan_step(step, method, cluster, table=table, progress=progress)
+                planned = plan_pipeline(step, method, cluster, table=table, progress=progress)
+            else:
+                planned = plan_step(step, method, cluster, table=table, progress=progress)
+            if self._cache is not None:
+                self._cache.save(self._cache.path(step, method, cluster), planned.plan)
+            return planned
 
         def rebuild(plan: Plan | PipelinePlan) -> PlannedStep | PlannedPipeline:
             if isinstance(plan, PipelinePlan):
@@ -295,6 +314,13 @@ class ParallelStep:
         if group is None:
             return make()
         return agreed(group, f"planning {step.name}", make, lambda made: plan_facts(made.plan))
+
+    def _cached(self, step: StepArgs) -> Plan | PipelinePlan | None:
+        """The plan that was made for this step before."""
+        if self._cache is None:
+            return None
+        cluster = self._cluster or attached_cluster()
+        return self._cache.load(self._cache.path(step, self._method, cluster))
 
     def _step_args(self, call: BoundCall) -> StepArgs:
         """The step with static arguments bound, and positions among the dynamic ones."""

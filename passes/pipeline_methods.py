@@ -61,10 +61,11 @@ class PipelineMethod(Method):
 class PipeshardParallel(PipelineMethod):
     """Stages, layouts, schedule, rematerialisation and microbatches are searched.
 
-    Stages have submeshes of one size, which fill the cluster.
+    Stages may have different submeshes; those of a scan over layers are of one size.
 
     Attributes:
       num_stages: how many stages, or "auto".
+      time_limit_s: of the search, tracing included; the best pipeline found by then is returned.
     """
 
     schedule: str = "auto"

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
+import alpa_lite
 from tests.runtime.pipeline_cases import RTOL, RTOL_ADAM, by_hand, grid, net, run_steps
 
 SHAPES = {
@@ -55,6 +56,23 @@ FULL = {"optimizer": "clip", "tied": True, "skip": True, "sizes": True, "dropout
 )  # fmt: skip
 def test_some_pipelines(method: Any, options: dict[str, Any]) -> None:
     run_steps(net(**options), method, rtol=RTOL_ADAM if "optimizer" in options else RTOL)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_stages": 3},
+        pytest.param({"num_stages": 2, "remat": "full"}, marks=pytest.mark.slow),
+        pytest.param({"schedule": "interleaved_1f1b"}, marks=pytest.mark.slow),
+        pytest.param({"schedule": "chimera", "num_stages": 4}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_searched_pipelines(options: dict[str, Any]) -> None:
+    method = alpa_lite.PipeshardParallel(num_microbatches=4, **options)
+    executable = run_steps(net(**FULL), method, rtol=RTOL_ADAM)
+    assert executable.plan.num_microbatches == 4
+    assert len(executable.plan.meshes) >= 2
 
 
 @pytest.mark.slow
