@@ -36,6 +36,7 @@ from alpa_lite.passes.pipeline import Progress, StepArgs
 from alpa_lite.passes.pipeline_methods import REMAT_POLICIES, PipeshardParallel
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.schedules import SCHEDULES
+from alpa_lite.passes.schedules.registry import check_shape
 from alpa_lite.passes.stages.given_spec import balanced_stages
 from alpa_lite.passes.stages.grid_search import equal_submesh
 from alpa_lite.passes.stages.layer_costs import LayerPricer
@@ -130,8 +131,8 @@ class StageSearch:
         """Memory per device."""
         return float(self.method.memory_budget_bytes or self.cluster.usable_hbm_bytes)
 
-    def run(self) -> list[Proposal]:
-        """The best proposals by the prices of layers, best first; none if none fits.
+    def run(self) -> None:
+        """Price numbers of microbatches until the best is one of those priced.
 
         Raises:
           InfeasibleError: the state does not fit even if it is split over all devices.
@@ -140,16 +141,15 @@ class StageSearch:
         """
         self._price_first()
         self._check_state()
-        while True:
+        while not self.is_stopped and self._has_time():
             best_s, _ = min(self._estimate(n) for n in self.priced)
             others = [self._estimate(n) for n in self.counts if n not in self.priced]
             other_s, count = min(others, default=(math.inf, 0))
-            if math.isinf(best_s) and math.isinf(other_s) and others:
+            if others and math.isinf(best_s) and math.isinf(other_s):
                 other_s, count = 0.0, max(n for _, n in others)  # small microbatches need least
-            if self.is_stopped or other_s >= best_s * (1 - _WORTH) or not self._has_time():
+            if other_s >= best_s * (1 - _WORTH):
                 break
             self._price(count)
-        return self.proposals(1.0)
 
     def proposals(self, memory_share: float) -> list[Proposal]:
         """The best proposals that use so much of the memory budget."""
@@ -220,18 +220,17 @@ class StageSearch:
             try:
                 in_time = pricer.price(submesh, deadline_s)
             except KeyboardInterrupt:
-                if not pricer.submeshes:
+                if not pricer.submeshes and not self.priced:
                     raise
-                self._stop("Ctrl-C", submeshes[number:])
+                self._stop("Ctrl-C", count, submeshes[number:])
                 break
             if not in_time:
-                if not pricer.submeshes:
-                    raise SolverTimeoutError(
-                        "the layers could not be priced in time. Raise time_limit_s."
-                    )
-                self._stop("its time limit", submeshes[number:])
+                self._stop("its time limit", count, submeshes[number:])
                 break
-        self.priced[count] = _Priced(source, pricer, crossing(pricer.cut))
+        if pricer.submeshes:
+            self.priced[count] = _Priced(source, pricer, crossing(pricer.cut))
+        if not self.priced:
+            raise SolverTimeoutError("the layers could not be priced in time. Raise time_limit_s.")
 
     def _at_once(self, source: LayeredStep) -> LayeredStep | None:
         """The step with the whole batch as one microbatch, with the same layers."""
@@ -277,11 +276,11 @@ class StageSearch:
                 need_bytes=need, budget_bytes=self.budget_bytes,
             )  # fmt: skip
 
-    def _stop(self, by: str, missing: Sequence[object]) -> None:
+    def _stop(self, by: str, count: int, missing: Sequence[object]) -> None:
         self.is_stopped = True
         self.notes.append(
-            f"the search was ended by {by}: stages on {', '.join(map(str, missing))} devices were "
-            "not considered"
+            f"the search was ended by {by}: with {count} microbatches, stages on "
+            f"{', '.join(map(str, missing))} devices were not considered"
         )
 
     def _has_time(self) -> bool:
@@ -301,13 +300,9 @@ class StageSearch:
         there, back = self.priced[near].crossing
         costs = costs_at(self.priced[near].pricer.costs(), count)
         return stage_tables(
-            costs,
-            (there * near / count, back * near / count),
-            self.remats,
-            self.cluster,
-            memory_share * self.budget_bytes,
-            _in_flight(self.schedule),
-        )
+            costs, (there * near / count, back * near / count), self.remats, self.cluster,
+            memory_share * self.budget_bytes, _in_flight(self.schedule),
+        )  # fmt: skip
 
     def _estimate(self, count: int, memory_share: float = 1.0) -> tuple[float, int]:
         """Seconds per step of the best stages for a number of microbatches, and the number.
@@ -384,7 +379,11 @@ def _solve_even(
     for index, submesh in enumerate(problem.submeshes):
         most = min(problem.num_layers, problem.num_devices // submesh.num_devices)
         num = wanted or most - most % 2
-        if num < 2 or num % 2 or num > most or problem.num_microbatches < num:
+        try:
+            check_shape(schedule, num, problem.num_microbatches, 1)
+        except ValueError:
+            continue
+        if num < 2 or num > most:
             continue
         held = SCHEDULES[schedule].in_flight(num, problem.num_microbatches, 1)
         only = slice(index, index + 1)
