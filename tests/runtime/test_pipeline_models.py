@@ -85,7 +85,6 @@ MODELS = [
     ("llama-scan-test", {"num_layers": 4}, grid(1, 2, 4, schedule="zb-h1"), RTOL),
     ("moe-test", {}, grid(1, 4, 2), RTOL),
     ("moe-test", {}, grid(2, 2, 2, schedule="zbv", num_virtual=2, layer_num=4), RTOL),
-    ("deepseek-test", {}, grid(2, 2, 2, schedule="1f1b", remat="dots"), RTOL),
     ("wide-resnet-test", {}, grid(2, 2, 2), RTOL_NORM),
     ("wide-resnet-test", {}, uneven(schedule="zb-h1", remat="full"), RTOL_NORM),
 ]  # fmt: skip
@@ -100,6 +99,28 @@ def test_models(model: str, options: dict[str, Any], method: Any, rtol: float) -
     setup = build(model, optimizer="sgd", **options)
     state = jax.jit(setup.init, compiler_options=QUICK_COMPILE)(jax.random.key(0))
     check(setup.step, state, lambda seed: setup.make_batch(seed, BATCH), method, rtol)
+
+
+@pytest.mark.slow
+def test_deepseek() -> None:
+    """Its router bias moves by the sign of the mean load, which is not linear in microbatches."""
+    setup = build("deepseek-test", optimizer="sgd")
+    state = jax.jit(setup.init, compiler_options=QUICK_COMPILE)(jax.random.key(0))
+    one = alpa_lite.AutoParallel(num_microbatches=COUNT)
+    methods = {"cpu:1": one, "cpu:8": grid(2, 2, 2, remat="dots")}
+    steps = {
+        name: alpa_lite.parallelize(setup.step, method=method, cluster=name)
+        for name, method in methods.items()
+    }
+    states = {name: jax.tree.map(jnp.copy, state) for name in steps}
+    for seed in range(STEPS):
+        results = {}
+        for name, step in steps.items():
+            with quick_compilation():
+                step.compile(states[name], setup.make_batch(seed, BATCH))
+            states[name], results[name] = step(states[name], setup.make_batch(seed, BATCH))
+        expected, found = ((states[n], results[n]) for n in ("cpu:1", "cpu:8"))
+        assert_close(expected, found, tolerance=RTOL, floor=1e-3, what=f"step {seed}")
 
 
 @pytest.mark.slow
