@@ -116,7 +116,7 @@ class _Planner:
         self.best: PlannedPipeline | None = None
         self.failure: Exception | None = None
         self.tried: list[PipelineAlternative] = []
-        self.known: StageCache = {}
+        self.known = StageCache()
 
     @property
     def spent(self) -> float:

@@ -26,6 +26,7 @@ from alpa_lite.ir.trace import TracedStep
 from alpa_lite.passes.inter_op import (
     Stage,
     StageProblem,
+    Submesh,
     gpipe_in_flight,
     one_f_one_b_in_flight,
     solve_interleaved,
@@ -44,6 +45,7 @@ from alpa_lite.passes.stages.parts import split_parts
 from alpa_lite.passes.stages.search_space import (
     batch_size,
     first_count,
+    mesh_shapes,
     microbatch_counts,
     offered_submeshes,
 )
@@ -211,7 +213,7 @@ class StageSearch:
             source, self.method, self.cluster, self.table, self.remats, self._at_once(source)
         )
         deadline_s = self.started + _PRICING_SHARE * self.method.time_limit_s
-        submeshes = offered_submeshes(self.cluster, source.graph.num_layers)
+        submeshes = self._submeshes(source.graph.num_layers)
         for number, submesh in enumerate(submeshes):
             self.report(
                 f"pricing layers on {submesh} for {count} microbatches",
@@ -232,10 +234,24 @@ class StageSearch:
         if not self.priced:
             raise SolverTimeoutError("the layers could not be priced in time. Raise time_limit_s.")
 
+    def _submeshes(self, num_layers: int) -> list[Submesh]:
+        """The submeshes to price: those that can have a logical mesh."""
+        found = [
+            submesh
+            for submesh in offered_submeshes(self.cluster, num_layers)
+            if mesh_shapes(self.method, self.cluster, submesh)
+        ]
+        if not found:
+            raise PlanError(
+                f"no submesh that a stage can have on {self.cluster.name} has the devices of "
+                f"mesh_shape {self.method.mesh_shape}. Change it, or leave it out."
+            )
+        return found
+
     def _at_once(self, source: LayeredStep) -> LayeredStep | None:
         """The step with the whole batch as one microbatch, with the same layers."""
         traced, closed = self.whole
-        if len(self.counts) == 1:
+        if len(self.counts) == 1 or source.num_microbatches == 1:
             return None
         parts = split_parts(closed, batch_positions(traced, self.call.batch_argnums))
         pairs = zip(parts.loop, source.parts.loop, strict=False)

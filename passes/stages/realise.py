@@ -6,8 +6,8 @@ In: a `LayeredStep` and a `PipelineSpec`, or a loaded `PipelinePlan`. Out: a `Pl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError, PlanError
@@ -29,6 +29,7 @@ from alpa_lite.passes.pipeline_plan import (
     PlannedStage,
 )
 from alpa_lite.passes.plan import Plan
+from alpa_lite.passes.pricing import Workload
 from alpa_lite.passes.report import assignments_of, make_plan, replan, versions
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.schedules import (
@@ -44,7 +45,7 @@ from alpa_lite.passes.schedules import (
 from alpa_lite.passes.stages.plan_stage import StagePlan, plan_stage, stage_inputs, subcluster
 from alpa_lite.passes.stages.source import CutStep, LayeredStep, cut_step, layer_step
 from alpa_lite.passes.stages.spec import PipelineSpec, StageSpec
-from alpa_lite.passes.stages.stage_cost import StageCost, stage_cost
+from alpa_lite.passes.stages.stage_cost import StageCost, phase_work, stage_cost
 from alpa_lite.passes.stages.stage_step import StageStep
 from alpa_lite.passes.stages.transfer_cost import link_bytes, transfer_s
 
@@ -92,7 +93,8 @@ def realise(
       report: called with what is being done and the fraction done.
       known: stages planned for other pipelines of the same step and method; grows.
     """
-    schedule, cut, meshes = lay_out(source, spec, cluster)
+    known = known or StageCache()
+    schedule, cut, meshes = lay_out(source, spec, cluster, known)
     layouts = _StagePlanner(source, spec, schedule, cut, meshes, method, cluster, table, known)
     stages: dict[int, _Laid] = {}
     # The best layouts with few microbatches in flight are the best with more, if they fit.
@@ -104,7 +106,7 @@ def realise(
 
 
 def lay_out(
-    source: LayeredStep, spec: PipelineSpec, cluster: Cluster
+    source: LayeredStep, spec: PipelineSpec, cluster: Cluster, known: StageCache
 ) -> tuple[Schedule, CutStep, tuple[Placement, ...]]:
     """The tasks, the stages, and where their submeshes lie.
 
@@ -121,7 +123,7 @@ def lay_out(
         raise PlanError(str(error)) from None
     counts = Counter(schedule.pipeline_of)
     shares = [counts[p] / spec.num_microbatches for p in range(len(schedule.placements))]
-    cut = cut_step(source, [s.layers for s in spec.stages], shares)
+    cut = known.cut(source, [s.layers for s in spec.stages], shares)
     shapes: dict[int, Submesh] = {}
     for stage, mesh in zip(spec.stages, schedule.placements[0], strict=True):
         if shapes.setdefault(mesh, stage.submesh) != stage.submesh:
@@ -165,6 +167,7 @@ class _Laid:
     Attributes:
       step: ports and graph.
       inputs: decision graph.
+      work: of `inputs`, by phase.
       found: layouts, prices and memory; None if they are those of a loaded plan.
       planned: plan and layouts.
       cost: seconds and bytes.
@@ -175,6 +178,7 @@ class _Laid:
 
     step: StageStep
     inputs: PlanningInputs
+    work: Mapping[str, Workload]
     found: Candidate | None
     planned: PlannedStep
     cost: StageCost
@@ -183,8 +187,35 @@ class _Laid:
     in_flight: int
 
 
-StageCache = dict[tuple[object, ...], list[_Laid]]
-"""Planned stages by all that decides on their layouts but the microbatches in flight."""
+@dataclass(slots=True, eq=False)
+class StageCache:
+    """What was worked out for other pipelines of the same step and method.
+
+    Attributes:
+      stages: planned stages by all that decides on their layouts but the microbatches in flight.
+      cuts: steps cut into stages, by source, stages and shares.
+      signatures: of stages, by cut, stage and rematerialisation.
+    """
+
+    stages: dict[tuple[object, ...], list[_Laid]] = field(default_factory=dict)
+    cuts: dict[tuple[LayeredStep, object, object], CutStep] = field(default_factory=dict)
+    signatures: dict[tuple[CutStep, int, str], str] = field(default_factory=dict)
+
+    def cut(
+        self, source: LayeredStep, stages: Sequence[Sequence[int]], shares: Sequence[float]
+    ) -> CutStep:
+        """See `cut_step`."""
+        key = source, tuple(map(tuple, stages)), tuple(shares)
+        if key not in self.cuts:
+            self.cuts[key] = cut_step(source, stages, shares)
+        return self.cuts[key]
+
+    def signature(self, cut: CutStep, index: int, remat: str) -> str:
+        """See `CutStep.signature`."""
+        key = cut, index, remat
+        if key not in self.signatures:
+            self.signatures[key] = cut.signature(index, remat)
+        return self.signatures[key]
 
 
 class _StagePlanner:
@@ -193,12 +224,12 @@ class _StagePlanner:
     def __init__(
         self, source: LayeredStep, spec: PipelineSpec, schedule: Schedule, cut: CutStep,
         meshes: Sequence[Placement], method: PipelineMethod, cluster: Cluster, table: RuleTable,
-        known: StageCache | None = None,
+        known: StageCache,
     ) -> None:  # fmt: skip
         self.source, self.spec, self.schedule, self.cut = source, spec, schedule, cut
         self.meshes, self.method, self.cluster, self.table = meshes, method, cluster, table
         self.in_flight = stages_in_flight(schedule)
-        self.known: StageCache = {} if known is None else known
+        self.known = known
         homes = [m for placement in schedule.placements for m in placement]
         self.homes = homes
         # Stages that share a mesh share its memory.
@@ -220,10 +251,10 @@ class _StagePlanner:
         mesh, in_flight = self.homes[index], self.in_flight[index]
         count = self.microbatches(index)
         key = (
-            self.cut.signature(index, stage.remat), stage.submesh, stage.mesh_shape,
+            self.known.signature(self.cut, index, stage.remat), stage.submesh, stage.mesh_shape,
             self.shared[mesh], count,
         )  # fmt: skip
-        alike = self.known.get(key, []) if given is None else []
+        alike = self.known.stages.get(key, []) if given is None else []
         step = self.cut.stage(index, stage.remat, alike[0].step if alike else None)
         same = self.like(alike, index)
         if same is not None:
@@ -232,7 +263,7 @@ class _StagePlanner:
             plan = replace(same.planned.plan, name=f"{name}, stage {index}", inputs=specs)
             return replace(same, step=step, planned=replace(same.planned, plan=plan), mesh=mesh)
         if alike:
-            inputs = alike[0].inputs
+            inputs, work = alike[0].inputs, alike[0].work
         else:
             submesh = stage.submesh
             part = subcluster(self.cluster, submesh.num_hosts, submesh.devices_per_host)
@@ -240,16 +271,17 @@ class _StagePlanner:
             inputs = stage_inputs(
                 step, count, method, part, self.table, folds_keys=self.spec.num_microbatches > 1
             )
+            work = phase_work(inputs)
         if given is not None:
             plan, decisions, profile = _restored(step, inputs, in_flight, given.plan)
-            cost = stage_cost(inputs, decisions, profile, in_flight)
+            cost = stage_cost(inputs, decisions, profile, in_flight, work)
             planned = PlannedStep(plan, decisions, step.output_kinds)
             return _Laid(
-                step, inputs, None, planned, cost, profile.peak_bytes, mesh, in_flight
+                step, inputs, work, None, planned, cost, profile.peak_bytes, mesh, in_flight
             )  # fmt: skip
         found = self.search(step, inputs, stage, index).found
-        laid = _laid(f"{name}, stage {index}", step, inputs, found, mesh, in_flight)
-        self.known.setdefault(key, []).append(laid)
+        laid = _laid(f"{name}, stage {index}", step, inputs, work, found, mesh, in_flight)
+        self.known.stages.setdefault(key, []).append(laid)
         return laid
 
     def like(self, alike: Sequence[_Laid], index: int) -> _Laid | None:
@@ -272,7 +304,9 @@ class _StagePlanner:
         if profile.peak_bytes > budget * (1 + 1e-9):
             return None
         found = replace(laid.found, profile=profile)
-        return _laid(laid.planned.plan.name, laid.step, laid.inputs, found, laid.mesh, in_flight)
+        return _laid(
+            laid.planned.plan.name, laid.step, laid.inputs, laid.work, found, laid.mesh, in_flight
+        )
 
     def search(
         self, step: StageStep, inputs: PlanningInputs, stage: StageSpec, index: int
@@ -295,17 +329,20 @@ class _StagePlanner:
 
 
 def _laid(
-    name: str, step: StageStep, inputs: PlanningInputs, found: Candidate, mesh: int, in_flight: int
-) -> _Laid:
+    name: str, step: StageStep, inputs: PlanningInputs, work: Mapping[str, Workload],
+    found: Candidate, mesh: int, in_flight: int,
+) -> _Laid:  # fmt: skip
     """A stage with layouts that were found."""
     held = with_in_flight(inputs.contraction, inputs.liveness, in_flight)
     inputs_held = replace(inputs, liveness=held)
     plan = make_plan(
         name, graph_hash(step.traced.graph), inputs_held, found, (), found.wall_s
     )  # fmt: skip
-    cost = stage_cost(inputs, found.decisions, found.profile, in_flight)
+    cost = stage_cost(inputs, found.decisions, found.profile, in_flight, work)
     planned = PlannedStep(plan, found.decisions, step.output_kinds)
-    return _Laid(step, inputs, found, planned, cost, found.profile.peak_bytes, mesh, in_flight)
+    return _Laid(
+        step, inputs, work, found, planned, cost, found.profile.peak_bytes, mesh, in_flight
+    )
 
 
 def _mesh(method: Method, shape: Sequence[int]) -> Mesh:
@@ -361,14 +398,17 @@ def restore_pipeline(
             "num_microbatches differ; plan again."
         )
     spec = spec_of(plan)
-    schedule, cut, _ = lay_out(source, spec, plan.cluster)
+    known = StageCache()
+    schedule, cut, _ = lay_out(source, spec, plan.cluster, known)
     homes = [m for placement in schedule.placements for m in placement]
     if homes != [s.mesh for s in plan.stages]:
         raise PlanError(
             f"the stages of the plan {plan.name!r} are on meshes {[s.mesh for s in plan.stages]}; "
             f"schedule {plan.schedule} puts them on {homes}"
         )
-    layouts = _StagePlanner(source, spec, schedule, cut, plan.meshes, method, plan.cluster, table)
+    layouts = _StagePlanner(
+        source, spec, schedule, cut, plan.meshes, method, plan.cluster, table, known
+    )
     stages = [layouts.plan(i, plan.name, given) for i, given in enumerate(plan.stages)]
     found = assemble(
         plan.name, source, spec, schedule, cut, plan.meshes, stages, method, plan.cluster

@@ -134,6 +134,13 @@ def test_more_stages_than_layers_or_devices() -> None:
         plan(call_of("mlp-test", num_layers=6), PipeshardParallel(num_stages=5))
 
 
+def test_a_logical_mesh_for_all_stages() -> None:
+    found = plan(call_of("mlp-test"), PipeshardParallel(mesh_shape=(2, 1), num_microbatches=4))
+    assert {m.submesh.num_devices for m in found.plan.meshes} == {2}
+    with pytest.raises(PlanError, match=r"no submesh .* has the devices of mesh_shape \(3,\)"):
+        plan(call_of("mlp-test"), PipeshardParallel(mesh_shape=(3,), num_microbatches=4))
+
+
 def test_a_number_of_stages_that_does_not_divide_the_devices() -> None:
     found = plan(call_of("mlp-test"), PipeshardParallel(num_stages=3, num_microbatches=4))
     assert len(found.plan.stages) == 3
