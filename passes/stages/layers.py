@@ -30,6 +30,9 @@ from alpa_lite.passes.stages.parts import StepParts, variables
 # has at most this share of the FLOPs of the forward pass.
 _FREE_SHARE = 1e-3
 
+# Bytes across a cut are counted with so many bits.
+_BYTES_BITS = 32
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerGraph:
@@ -149,6 +152,8 @@ def _clustered(
         np.array([made[v] for v in values]), np.array([last[v] for v in values]),
         np.array([_num_bytes(v.aval) for v in values]), len(placed),
     )  # fmt: skip
+    # Exact sums of bytes are not worth an error: large ones are counted in larger units.
+    crossing = crossing // max(1, int(crossing.max(initial=0)) >> _BYTES_BITS)
     here = flops[list(placed)]
     if not np.any(here):
         here = np.ones(len(placed))

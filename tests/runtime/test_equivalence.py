@@ -143,7 +143,8 @@ def test_sharded_equals_unsharded(model: str, method: str, mesh: tuple[int, ...]
     "model", [pytest.param(m, marks=() if m == "gpt-test" else pytest.mark.slow) for m in MODELS]
 )
 def test_adamw(model: str) -> None:
-    check(model, alpa_lite.AutoParallel(mesh_shape=(2, 4)), RTOL_ADAM, optimizer="adamw")
+    method = alpa_lite.AutoParallel(mesh_shape=(2, 4))
+    check(model, method, RTOL_ADAM, optimizer="adamw", quick=model != "gpt-test")
 
 
 @pytest.mark.slow
@@ -155,7 +156,7 @@ def test_other_optimizers(optimizer: str) -> None:
 
 @pytest.mark.slow
 def test_clip_by_global_norm() -> None:
-    check("gpt-test", alpa_lite.Zero3Parallel(mesh_shape=(8,)), clip_norm=0.1)
+    check("gpt-test", alpa_lite.Zero3Parallel(mesh_shape=(8,)), clip_norm=0.1, quick=True)
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,8 @@ def test_two_microbatches_equal_one_batch(method: str) -> None:
 
 @pytest.mark.slow
 def test_two_microbatches_of_a_language_model() -> None:
-    check("llama-test", alpa_lite.AutoParallel(mesh_shape=(2, 4), num_microbatches=2))
+    method = alpa_lite.AutoParallel(mesh_shape=(2, 4), num_microbatches=2)
+    check("llama-test", method, quick=True)
 
 
 @pytest.mark.slow
@@ -186,7 +188,7 @@ def test_bfloat16_compute_with_float32_state() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["llama-test", "llama-scan-test"])
 def test_rematerialisation(model: str) -> None:
-    check(model, alpa_lite.AutoParallel(mesh_shape=(2, 4)), remat=True)
+    check(model, alpa_lite.AutoParallel(mesh_shape=(2, 4)), remat=True, quick=True)
 
 
 @pytest.mark.smoke

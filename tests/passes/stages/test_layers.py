@@ -298,3 +298,9 @@ def test_build_layers_does_not_depend_on_variable_names() -> None:
     assert first.layers == second.layers and first.keys == second.keys
     again = build_layers(first.parts)
     assert again.layers == first.layers
+
+
+def test_layers_of_microbatches_of_any_size() -> None:
+    """Bytes that cross a cut are added up; petabytes of them are no error."""
+    large = jax.ShapeDtypeStruct((1 << 40, WIDTH), jnp.float32)
+    assert graph_of(chain, params(8), large, 4).layers == graph_of(chain, params(8), X, 4).layers
