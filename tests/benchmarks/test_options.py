@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import planning_time
+from benchmarks import apart, planning_time
 from benchmarks.options import parse_options
 
 CASES = ("small, 1x8", "large, 2x8", "huge, 8x8")
@@ -51,8 +51,8 @@ def test_a_planning_case_runs_in_a_process_of_its_own(monkeypatch):
     class Done:
         returncode, stdout = 0, "warning\n" + json.dumps({"plan_s": 1.5})
 
-    monkeypatch.setattr(planning_time.subprocess, "run", lambda c, **_: called.append(c) or Done)
-    assert planning_time.run_apart(case) == {"plan_s": 1.5}
+    monkeypatch.setattr(apart.subprocess, "run", lambda c, **_: called.append(c) or Done)
+    assert apart.run_apart("benchmarks.planning_time", case.name) == {"plan_s": 1.5}
     names = [c.name for c in planning_time.CASES]
     assert called[0][1:3] == ["-m", "benchmarks.planning_time"]
     assert parse_options("", names, arguments=called[0][3:], here="").more["here"] == case.name

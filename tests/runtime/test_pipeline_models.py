@@ -163,7 +163,7 @@ class EncoderDecoder(nn.Module):
 @pytest.mark.parametrize(
     "method",
     [
-        grid(2, 2, 2),
+        pytest.param(grid(2, 2, 2), marks=pytest.mark.slow),
         pytest.param(grid(2, 1, 4, schedule="zb-h1", remat="full"), marks=pytest.mark.slow),
         pytest.param(
             alpa_lite.ThreeDParallel(1, 2, 4, schedule="dualpipe", num_microbatches=8),

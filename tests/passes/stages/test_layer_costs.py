@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -51,6 +52,12 @@ def priced(call: StepArgs, count: int = 4, **options: object) -> LayerPricer:
     return pricer
 
 
+@functools.cache
+def gpt() -> LayerPricer:
+    """Four layers; nobody prices its lean options."""
+    return priced(call_of("gpt-test", num_layers=4))
+
+
 def tables_of(pricer: LayerPricer, budget_bytes: float = 80 * GIB) -> StageTables:
     return stage_tables(
         pricer.costs(), crossing(pricer.cut), REMAT_POLICIES, CLUSTER, budget_bytes,
@@ -82,12 +89,12 @@ def test_a_prescribed_mesh_is_for_submeshes_of_its_size() -> None:
 
 
 def test_alike_layers_are_priced_once() -> None:
-    pricer = priced(call_of("gpt-test", num_layers=4))
+    pricer = gpt()
     assert len(pricer.costs().costs) == len({*pricer.kinds}) < len(pricer.kinds)
 
 
 def test_a_row_of_the_tables_is_the_sum_of_its_layers() -> None:
-    pricer = priced(call_of("gpt-test", num_layers=4))
+    pricer = gpt()
     costs, tables = pricer.costs(), tables_of(pricer)
     problem = tables.problem
     row = problem.range_class[0, 2]
@@ -108,7 +115,7 @@ def test_a_row_of_the_tables_is_the_sum_of_its_layers() -> None:
 
 
 def test_rematerialisation_takes_time_and_saves_memory() -> None:
-    pricer = priced(call_of("gpt-test", num_layers=4))
+    pricer = gpt()
     problem, options = tables_of(pricer).problem, tables_of(pricer).options
     row = problem.range_class[1, 2]
     by_policy = {
@@ -161,7 +168,7 @@ def test_estimates_are_close_to_what_is_planned(submesh: Submesh, remat: str, rt
 
 
 def test_crossing_bytes_are_what_stages_send() -> None:
-    pricer = priced(call_of("gpt-test", num_layers=4))
+    pricer = gpt()
     there, back = crossing(pricer.cut)
     config = build("gpt-test").config
     rows = 16 // 4
@@ -233,7 +240,7 @@ def test_the_deadline_leaves_out_a_whole_submesh() -> None:
 
 
 def test_another_submesh_is_never_worse() -> None:
-    pricer = priced(call_of("gpt-test", num_layers=4))
+    pricer = gpt()
     problem = tables_of(pricer).problem
     best = solve_stages(problem).objective_s
     for m in range(len(problem.submeshes)):
