@@ -288,17 +288,19 @@ class ParallelStep:
         staged = method if isinstance(method, PipelineMethod) else PipelineMethod()
 
         def search() -> PlannedStep | PlannedPipeline:
-            found = self._cached(step)
-            if found is not None:
-                return rebuild(found)
             cluster = self._cluster or attached_cluster()
+            path = None if self._cache is None else self._cache.path(step, method, cluster)
+            if self._cache is not None and path is not None:
+                found = self._cache.load(path)
+                if found is not None:
+                    return rebuild(found)
             planned: PlannedStep | PlannedPipeline
             if isinstance(method, PipelineMethod):
                 planned = plan_pipeline(step, method, cluster, table=table, progress=progress)
             else:
                 planned = plan_step(step, method, cluster, table=table, progress=progress)
-            if self._cache is not None:
-                self._cache.save(self._cache.path(step, method, cluster), planned.plan)
+            if self._cache is not None and path is not None:
+                self._cache.save(path, planned.plan)
             return planned
 
         def rebuild(plan: Plan | PipelinePlan) -> PlannedStep | PlannedPipeline:

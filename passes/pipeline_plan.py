@@ -128,7 +128,8 @@ class PipelinePlan:
       meshes: where each submesh lies.
       stages: in the order of the forward pass, pipeline after pipeline.
       predicted: cost and memory.
-      gap: distance of the search's result to what no pipeline can beat; 0 if it was not searched.
+      gap: distance of the stages to the best by the search's prices of layers, which are estimates;
+        0 if nothing was searched.
       alternatives: what else was considered.
       notes: assumptions and fallbacks worth knowing.
       versions: of the software that made it.

@@ -153,22 +153,22 @@ class _Planner:
         if self.best is None:
             source, spec = search.smallest()
             self.plan(source, spec)
-        if self.best is not None and self.method.schedule == "auto":
-            self.try_schedules(search)
-
-    def try_schedules(self, search: StageSearch) -> None:
-        """Plan the best pipeline with other schedules."""
-        assert self.best is not None
-        source, spec = self.best.source, spec_of(self.best.plan)
-        if len(spec.stages) == 1:
-            return
-        for schedule in SEARCHED_SCHEDULES[1:]:
-            if self.spent < 1:
-                self.plan(source, replace(spec, schedule=schedule))
-        if self.method.num_stages == "auto" and self.spent < 1:
-            virtual = search.interleaved(spec.num_microbatches)
+        self.try_schedules()
+        several = self.best is not None and len(self.best.plan.stages) > 1
+        free = self.method.schedule == self.method.num_stages == "auto"
+        if self.best is not None and several and free and self.spent < 1:
+            virtual = search.interleaved(self.best.plan.num_microbatches)
             if virtual is not None and virtual.estimate_s < self.best.plan.predicted.step_s:
                 self.plan(virtual.source, virtual.spec)
+
+    def try_schedules(self) -> None:
+        """Plan the best pipeline with other schedules, if none is prescribed."""
+        if self.best is None or self.method.schedule != "auto":
+            return
+        source, spec = self.best.source, spec_of(self.best.plan)
+        for schedule in SEARCHED_SCHEDULES[1:] if len(spec.stages) > 1 else ():
+            if self.spent < 1:
+                self.plan(source, replace(spec, schedule=schedule))
 
     def try_equal(self, num_layers: int) -> None:
         """Plan pipelines of equal stages of a scan over so many layers."""
@@ -192,11 +192,7 @@ class _Planner:
                 if step_s > latest_s.get(stages, step_s):
                     settled.add(stages)
                 latest_s[stages] = step_s
-        if self.best is not None and self.method.schedule == "auto":
-            spec = spec_of(self.best.plan)
-            for schedule in SEARCHED_SCHEDULES[1:] if len(spec.stages) > 1 else ():
-                if self.spent < 1:
-                    self.plan(self.best.source, replace(spec, schedule=schedule))
+        self.try_schedules()
 
     def plan(self, source: LayeredStep, spec: PipelineSpec) -> float | None:
         """Predicted seconds per step; None if it does not fit."""

@@ -99,7 +99,7 @@ class StageSearch:
 
     Attributes:
       notes: what the user should know.
-      gap: distance of the best proposal to what no other can beat, by the prices of layers.
+      gap: relative distance of the best proposal to the best stages by the prices of layers.
     """
 
     def __init__(
@@ -409,7 +409,7 @@ def _solve_even(
             in_flight_bytes=problem.in_flight_bytes[:, only],
             per_step_s=2 * problem.per_step_s[:, only],
             boundary_s=problem.boundary_s[:, only, only],
-            in_flight=lambda after, _, held=held: held[len(held) - 1 - after],  # type: ignore[misc]
+            in_flight=_held_by(held),
         )  # fmt: skip
         try:
             best = solve_stages(one, num_proposals=1, gap=_GAP, num_stages=num)
@@ -418,6 +418,11 @@ def _solve_even(
         stages = tuple(replace(s, submesh=index) for s in best.stages)
         found.append((stages, best.objective_s))
     return sorted(found, key=lambda pair: pair[1])
+
+
+def _held_by(meshes: Sequence[int]) -> InFlight:
+    """What each mesh holds, first to last, by the number of stages after."""
+    return lambda after, _: meshes[len(meshes) - 1 - after]
 
 
 def _spec(

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import jax
 import pytest
 
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError, PlanError, StepError
-from alpa_lite.models import build
 from alpa_lite.passes import pipeshard
 from alpa_lite.passes.pipeline import StepArgs
 from alpa_lite.passes.pipeline_methods import PipeshardParallel, ThreeDParallel
 from alpa_lite.passes.pipeshard import plan_pipeline
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.stages.grid_search import equal_submesh, grid_candidates
+from tests.passes.preset_call import call_of
 
 TABLE = RuleTable()
 CLUSTER = Cluster.resolve("h100:2x2")
-
-
-def call_of(preset: str, batch_size: int = 8, **overrides: int) -> StepArgs:
-    setup = build(preset, **overrides)
-    state = jax.eval_shape(setup.init, jax.random.key(0))
-    return StepArgs(
-        fun=setup.step, args=(state, setup.make_batch(0, batch_size)), arg_names=("state", "batch"),
-        batch_argnums=(1,), donate_argnums=(0,), name=preset,
-    )  # fmt: skip
 
 
 def plan(call: StepArgs, method: PipeshardParallel | ThreeDParallel, cluster: Cluster = CLUSTER):
@@ -61,16 +51,16 @@ def test_candidates_divide_the_batch_and_the_scan() -> None:
 
 
 def test_the_best_of_all_candidates_is_chosen() -> None:
-    found = plan(call_of("mlp-test"), PipeshardParallel())
+    found = plan(call_of("mlp-test", 8), PipeshardParallel())
     times = [a.step_s for a in found.plan.alternatives if a.step_s is not None]
     assert found.plan.predicted.step_s == min(times)
     assert len(times) >= 3
-    fixed = plan(call_of("mlp-test"), ThreeDParallel(dp=2, tp=1, pp=2, num_microbatches=2))
+    fixed = plan(call_of("mlp-test", 8), ThreeDParallel(dp=2, tp=1, pp=2, num_microbatches=2))
     assert found.plan.predicted.step_s <= fixed.plan.predicted.step_s
 
 
 def test_other_schedules_are_tried_for_the_best() -> None:
-    found = plan(call_of("mlp-test"), PipeshardParallel(num_stages=2, num_microbatches=4))
+    found = plan(call_of("mlp-test", 8), PipeshardParallel(num_stages=2, num_microbatches=4))
     tried = {a.description.split(", ")[2] for a in found.plan.alternatives}
     assert tried == {"1f1b", "eager_1f1b", "zb-h1", "gpipe"}
     chosen = min(found.plan.alternatives, key=lambda a: a.step_s or float("inf"))
@@ -79,7 +69,7 @@ def test_other_schedules_are_tried_for_the_best() -> None:
 
 @pytest.mark.parametrize("schedule", ["interleaved_1f1b", "zbv", "chimera", "dualpipe", "gpipe"])
 def test_any_schedule_can_be_asked_for(schedule: str) -> None:
-    call = call_of("mlp-test", num_layers=5)
+    call = call_of("mlp-test", 8, num_layers=5)
     found = plan(call, PipeshardParallel(schedule=schedule, num_microbatches=4))
     assert found.plan.schedule == schedule
     layers = [i for s in found.plan.stages if s.pipeline == 0 for i in s.layers]
@@ -87,7 +77,7 @@ def test_any_schedule_can_be_asked_for(schedule: str) -> None:
 
 
 def test_more_freedom_is_never_worse() -> None:
-    call = call_of("mlp-test")
+    call = call_of("mlp-test", 8)
     free = plan(call, PipeshardParallel())
     for stages in (1, 2):
         bound = plan(call, PipeshardParallel(num_stages=stages))
@@ -96,14 +86,14 @@ def test_more_freedom_is_never_worse() -> None:
 
 @pytest.mark.slow
 def test_a_scan_is_cut_into_equal_stages() -> None:
-    call = call_of("llama-scan-test", num_layers=4)
+    call = call_of("llama-scan-test", 8, num_layers=4)
     found = plan(call, PipeshardParallel(num_stages=2, num_microbatches=4))
     assert found.plan.num_pieces == 2
     assert [s.layers for s in found.plan.stages] == [(0,), (1,)]
 
 
 def test_memory_decides_on_rematerialisation() -> None:
-    call = call_of("gpt-test", num_layers=2)
+    call = call_of("gpt-test", 8, num_layers=2)
     method = PipeshardParallel(num_stages=2, num_microbatches=2, schedule="1f1b", layer_num=2)
     roomy = plan(call, method)
     assert {s.remat for s in roomy.plan.stages} == {"none"}
@@ -117,32 +107,32 @@ def test_nothing_fits() -> None:
     with pytest.raises(
         InfeasibleError, match=r"sums of gradients take .* Use more devices"
     ) as found:
-        plan(call_of("mlp-test"), PipeshardParallel(memory_budget_bytes=1000))
+        plan(call_of("mlp-test", 8), PipeshardParallel(memory_budget_bytes=1000))
     assert found.value.need_bytes > found.value.budget_bytes == 1000
 
 
 def test_the_state_fits_but_not_the_activations() -> None:
-    call = call_of("gpt-test", num_layers=2)
+    call = call_of("gpt-test", 8, num_layers=2)
     with pytest.raises(InfeasibleError, match=r"stage \d of \d .* More stages"):
         plan(call, PipeshardParallel(memory_budget_bytes=400_000, num_microbatches=1))
 
 
 def test_more_stages_than_layers_or_devices() -> None:
     with pytest.raises(StepError, match="50 stages need at least as many layers; the model has"):
-        plan(call_of("mlp-test"), PipeshardParallel(num_stages=50))
+        plan(call_of("mlp-test", 8), PipeshardParallel(num_stages=50))
     with pytest.raises(PlanError, match="5 stages need at least as many devices; the cluster has"):
-        plan(call_of("mlp-test", num_layers=6), PipeshardParallel(num_stages=5))
+        plan(call_of("mlp-test", 8, num_layers=6), PipeshardParallel(num_stages=5))
 
 
 def test_a_logical_mesh_for_all_stages() -> None:
-    found = plan(call_of("mlp-test"), PipeshardParallel(mesh_shape=(2, 1), num_microbatches=4))
+    found = plan(call_of("mlp-test", 8), PipeshardParallel(mesh_shape=(2, 1), num_microbatches=4))
     assert {m.submesh.num_devices for m in found.plan.meshes} == {2}
     with pytest.raises(PlanError, match=r"no submesh .* has the devices of mesh_shape \(3,\)"):
-        plan(call_of("mlp-test"), PipeshardParallel(mesh_shape=(3,), num_microbatches=4))
+        plan(call_of("mlp-test", 8), PipeshardParallel(mesh_shape=(3,), num_microbatches=4))
 
 
 def test_a_number_of_stages_that_does_not_divide_the_devices() -> None:
-    found = plan(call_of("mlp-test"), PipeshardParallel(num_stages=3, num_microbatches=4))
+    found = plan(call_of("mlp-test", 8), PipeshardParallel(num_stages=3, num_microbatches=4))
     assert len(found.plan.stages) == 3
     assert sorted(m.submesh.num_devices for m in found.plan.meshes) in ([1, 1, 1], [1, 1, 2])
 
@@ -158,7 +148,7 @@ def test_interrupt_returns_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> N
         return planned[-1]
 
     monkeypatch.setattr(pipeshard, "realise", interrupted)
-    found = plan(call_of("mlp-test"), PipeshardParallel(num_stages=2))
+    found = plan(call_of("mlp-test", 8), PipeshardParallel(num_stages=2))
     assert found.plan.predicted.step_s == planned[0].plan.predicted.step_s
     assert len(found.plan.alternatives) == 1
 
@@ -169,4 +159,4 @@ def test_interrupt_before_anything_is_planned(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(pipeshard, "realise", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        plan(call_of("mlp-test"), PipeshardParallel())
+        plan(call_of("mlp-test", 8), PipeshardParallel())

@@ -27,20 +27,12 @@ from alpa_lite.passes.stages.search_space import (
 from alpa_lite.passes.stages.source import layer_step
 from alpa_lite.passes.stages.spec import PipelineSpec, StageSpec
 from alpa_lite.passes.stages.stage_tables import StageTables, costs_at, crossing, stage_tables
+from tests.passes.preset_call import call_of
 
 TABLE = RuleTable()
 CLUSTER = Cluster.resolve("h100:2x2")
 FOREVER = math.inf
 GIB = 2.0**30
-
-
-def call_of(preset: str, batch_size: int = 16, **overrides: int) -> StepArgs:
-    setup = build(preset, **overrides)
-    state = jax.eval_shape(setup.init, jax.random.key(0))
-    return StepArgs(
-        fun=setup.step, args=(state, setup.make_batch(0, batch_size)), arg_names=("state", "batch"),
-        batch_argnums=(1,), donate_argnums=(0,), name=preset,
-    )  # fmt: skip
 
 
 def priced(call: StepArgs, count: int = 4, **options: object) -> LayerPricer:
