@@ -29,9 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from alpa_lite.ir.graph import FORWARD, UPDATE, GradRegion, Graph, Literal, Op, op_key
+from alpa_lite.ir.graph import FORWARD, UPDATE, GradRegion, Graph, Literal, Op, aval_bytes, op_key
 from alpa_lite.ir.trace import TracedStep
 from alpa_lite.passes.microbatch import Microbatching
 
@@ -61,8 +59,7 @@ class FlatValue:
     @functools.cached_property
     def num_bytes(self) -> int:
         """Bytes of the whole array."""
-        itemsize = self.aval.dtype.itemsize if isinstance(self.aval.dtype, np.dtype) else 8
-        return self.num_elements * itemsize
+        return aval_bytes(self.aval)
 
     @functools.cached_property
     def num_elements(self) -> int:

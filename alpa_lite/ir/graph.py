@@ -241,6 +241,12 @@ def _body_inputs(op: Op) -> list[int]:
     return [total] * len(op.subgraphs)
 
 
+def aval_bytes(aval: Any) -> int:
+    """Bytes of a whole array; a PRNG key counts 8."""
+    itemsize = aval.dtype.itemsize if isinstance(aval.dtype, np.dtype) else 8
+    return int(math.prod(aval.shape)) * itemsize
+
+
 def graph_hash(graph: Graph) -> str:
     """Hash of structure, shapes, dtypes and parameters; scopes and source lines do not count."""
     digest = hashlib.sha256()

@@ -21,7 +21,7 @@ import numpy as np
 from alpa_lite import compat
 from alpa_lite.errors import StepError
 from alpa_lite.ir.flops import equation_flops, is_matmul
-from alpa_lite.ir.graph import param_key
+from alpa_lite.ir.graph import aval_bytes, param_key
 from alpa_lite.ir.marks import layer_mark_p
 from alpa_lite.passes.inter_op import cluster_layers, crossing_bytes
 from alpa_lite.passes.stages.parts import StepParts, variables
@@ -150,7 +150,7 @@ def _clustered(
     values = list(made)
     crossing = crossing_bytes(
         np.array([made[v] for v in values]), np.array([last[v] for v in values]),
-        np.array([_num_bytes(v.aval) for v in values]), len(placed),
+        np.array([aval_bytes(v.aval) for v in values]), len(placed),
     )  # fmt: skip
     # Exact sums of bytes are not worth an error: large ones are counted in larger units.
     crossing = crossing // max(1, int(crossing.max(initial=0)) >> _BYTES_BITS)
@@ -245,11 +245,6 @@ def equation_key(eqn: Any) -> str:
     shapes = ",".join(f"{a.aval.dtype}{list(a.aval.shape)}" for a in (*eqn.invars, *eqn.outvars))
     params = ",".join(f"{k}={param_key(v)}" for k, v in sorted(eqn.params.items()))
     return f"{eqn.primitive.name}[{params}]{shapes}"
-
-
-def _num_bytes(aval: Any) -> int:
-    itemsize = aval.dtype.itemsize if isinstance(aval.dtype, np.dtype) else 8
-    return int(np.prod(aval.shape, dtype=np.int64)) * itemsize
 
 
 __all__ = ["LayerGraph", "build_layers", "jaxpr_equation_flops"]

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from alpa_lite.cost_model import Cluster
+from alpa_lite.ir.graph import aval_bytes
 from alpa_lite.passes.inter_op import StageProblem
 from alpa_lite.passes.inter_op.stage_problem import InFlight
 from alpa_lite.passes.stages.layer_costs import LayerCost, LayerCosts, LayerOption, RematCost
 from alpa_lite.passes.stages.source import CutStep
-from alpa_lite.passes.stages.transfer_cost import seconds_between, variable_bytes
+from alpa_lite.passes.stages.transfer_cost import seconds_between
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def crossing(cut: CutStep) -> tuple[np.ndarray, np.ndarray]:
         for link in each.sent:
             known = reach.get(link.variable)
             last = max(link.target, known[1]) if known else link.target
-            size = variable_bytes(link.variable)
+            size = aval_bytes(link.variable.aval)
             reach[link.variable] = (link.source, last, size, link.differentiable)
     for first, last, size, differentiable in reach.values():
         there[first:last] += size

@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import numpy as np
-
 from alpa_lite.cost_model import Cluster
+from alpa_lite.ir.graph import aval_bytes
 from alpa_lite.passes.inter_op import Placement, Submesh
 from alpa_lite.passes.stages.source import CutStep
-
-
-def variable_bytes(variable: Any) -> int:
-    """Bytes of the whole array."""
-    aval = variable.aval
-    itemsize = aval.dtype.itemsize if isinstance(aval.dtype, np.dtype) else 8
-    return int(math.prod(aval.shape) * itemsize)
 
 
 def link_bytes(cut: CutStep, stage: int) -> tuple[int, int]:
@@ -26,7 +15,7 @@ def link_bytes(cut: CutStep, stage: int) -> tuple[int, int]:
     """
     there = back = 0
     for link in cut.cuts[stage].sent:
-        size = variable_bytes(link.variable)
+        size = aval_bytes(link.variable.aval)
         there += size
         back += size if link.differentiable else 0
     return there, back

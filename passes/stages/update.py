@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from alpa_lite import compat
+from alpa_lite.ir.graph import aval_bytes
 from alpa_lite.passes.stages.cut import StageCut
 from alpa_lite.passes.stages.parts import StepParts, variables, where
 
@@ -211,7 +212,7 @@ class _Split:
             return None
         weight: dict[int, int] = defaultdict(int)
         for v in found:
-            weight[self.place[v]] += 0 if _is_small(v) else _num_bytes(v.aval)
+            weight[self.place[v]] += 0 if _is_small(v) else aval_bytes(v.aval)
         if len(weight) == 1:
             (stage,) = weight
             if all(map(_is_small, found)) and not all(map(_is_small, eqn.outvars)):
@@ -267,8 +268,3 @@ class _Split:
 def _is_small(variable: Any) -> bool:
     """Whether a variable is one number."""
     return int(np.prod(variable.aval.shape, dtype=np.int64)) <= 1
-
-
-def _num_bytes(aval: Any) -> int:
-    itemsize = aval.dtype.itemsize if isinstance(aval.dtype, np.dtype) else 8
-    return int(np.prod(aval.shape, dtype=np.int64)) * itemsize
