@@ -1,8 +1,10 @@
 """Steps as pictures: `write_trace` writes what chrome://tracing and ui.perfetto.dev open.
 
 Every run (a plan's simulated step, a measured step) is a process of its own, so that they stand
-below each other with the same time scale. A mesh is a track, on which gaps are the bubble; every
-pair of meshes that sends is another. A curve shows the bytes in use on a device of each mesh.
+below each other with the same time scale. A mesh is a track, filled from the start to the end of
+the step: where it neither computes nor updates it has a slice of kind `bubble`, so the slices of a
+mesh add up to the seconds of the step. Every pair of meshes that sends is another track. A curve
+shows the bytes in use on a device of each mesh.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 
 from alpa_lite.passes.pipeline_plan import PipelinePlan
 from alpa_lite.passes.pipeline_timeline import plan_bytes, plan_schedule, plan_times
+from alpa_lite.passes.plan import Plan
 from alpa_lite.passes.schedules import (
     FORWARD,
     MeshMemory,
@@ -27,6 +30,9 @@ from alpa_lite.passes.schedules import (
 )
 from alpa_lite.runtime.metrics import StepMetrics
 from alpa_lite.runtime.timing import StepRecording
+
+BUBBLE = "bubble"
+"""Kind of the slices in which a mesh waits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,11 @@ class Slice:
     target: int | None
     start_s: float
     end_s: float
+
+    @property
+    def seconds(self) -> float:
+        """From start to end."""
+        return self.end_s - self.start_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,11 +124,17 @@ def timeline_run(
         tuple(zip(map(float, each.times_s), map(int, each.bytes_in_use), strict=True))
         for each in memory
     )
-    return TraceRun(name=name, slices=tuple(found), memory=curves)
+    return TraceRun(name=name, slices=_with_bubbles(found, timeline.step_s), memory=curves)
 
 
-def plan_run(plan: PipelinePlan, name: str = "simulated") -> TraceRun:
-    """The step that a plan expects, from the plan alone."""
+def plan_run(plan: Plan | PipelinePlan, name: str = "simulated") -> TraceRun:
+    """The step that a plan expects, from the plan alone.
+
+    A plan of one mesh holds totals, not when each operation runs: all compute is one slice, and
+    every group of collectives another.
+    """
+    if isinstance(plan, Plan):
+        return _one_mesh_run(plan, name)
     times = plan_times(plan)
     timeline = simulate(plan_schedule(plan), times)
     memory = memory_over_time(timeline, plan_bytes(plan))
@@ -133,10 +150,12 @@ def recorded_run(recording: StepRecording, name: str = "measured") -> TraceRun:
         )
         for each in recording.instructions
     )  # fmt: skip
-    return TraceRun(name=name, slices=slices, memory=recording.memory)
+    return TraceRun(
+        name=name, slices=_with_bubbles(slices, recording.step_s), memory=recording.memory
+    )
 
 
-def write_trace(path: str | Path, *runs: TraceRun | PipelinePlan | StepMetrics) -> None:
+def write_trace(path: str | Path, *runs: TraceRun | Plan | PipelinePlan | StepMetrics) -> None:
     """Write runs as one trace in Chrome's JSON format; it appears whole or not at all.
 
     Args:
@@ -169,10 +188,51 @@ def trace_json(runs: Sequence[TraceRun]) -> dict[str, Any]:
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _as_run(run: TraceRun | PipelinePlan | StepMetrics) -> TraceRun:
-    if isinstance(run, PipelinePlan):
+def _as_run(run: TraceRun | Plan | PipelinePlan | StepMetrics) -> TraceRun:
+    if isinstance(run, Plan | PipelinePlan):
         return plan_run(run)
     return recorded_run(run.recording) if isinstance(run, StepMetrics) else run
+
+
+def _one_mesh_run(plan: Plan, name: str) -> TraceRun:
+    """Compute, then one group of collectives after the other: no overlap is assumed."""
+    predicted = plan.predicted
+    parts = [("compute", "compute", predicted.compute_s)]
+    for each in predicted.collectives:
+        what = f"{each.kind} over {'+'.join(each.axes)}, {each.times_per_step:g} times"
+        parts.append((what, "communication", each.seconds_per_step))
+    slices = []
+    now_s = 0.0
+    for what, kind, seconds in parts:
+        slices.append(
+            Slice(
+                name=what, kind=kind, mesh=0, target=None, start_s=now_s, end_s=now_s + seconds
+            )
+        )  # fmt: skip
+        now_s += seconds
+    return TraceRun(
+        name=name, slices=_with_bubbles(slices, predicted.step_s),
+        memory=(((0.0, round(predicted.peak_bytes)),),),
+    )  # fmt: skip
+
+
+def _with_bubbles(slices: Iterable[Slice], step_s: float) -> tuple[Slice, ...]:
+    """The same slices, and one of kind `bubble` in every gap on a mesh's own track."""
+    slices = tuple(slices)
+    found = []
+    for mesh in sorted({s.mesh for s in slices if s.target is None}):
+        own = sorted((s.start_s, s.end_s) for s in slices if (s.mesh, s.target) == (mesh, None))
+        free_s = 0.0
+        for start_s, end_s in [*own, (step_s, step_s)]:
+            if start_s > free_s:
+                found.append(
+                    Slice(
+                        name=BUBBLE, kind=BUBBLE, mesh=mesh, target=None, start_s=free_s,
+                        end_s=start_s,
+                    )
+                )  # fmt: skip
+            free_s = max(free_s, end_s)
+    return (*slices, *found)
 
 
 def _run_events(process: int, run: TraceRun) -> Iterable[dict[str, Any]]:

@@ -10,6 +10,7 @@ from alpa_lite.cli.exits import CommandGroup
 from alpa_lite.cli.launch import launch
 from alpa_lite.cli.listings import clusters, models
 from alpa_lite.cli.plan_verbs import plan, show
+from alpa_lite.cli.simulate import simulate
 from alpa_lite.cli.train import train
 from alpa_lite.version import __version__
 
@@ -39,6 +40,7 @@ def root(
 
 app.command(epilog=f"Example: {PROGRAM} plan gpt-1.3b --cluster h100:2x8 --batch-size 64")(plan)
 app.command(epilog=f"Example: {PROGRAM} show plan.json")(show)
+app.command(epilog=f"Example: {PROGRAM} simulate plan.json --trace step.json.gz")(simulate)
 app.command(epilog=f"Example: {PROGRAM} train --steps 20")(train)
 app.command(
     epilog=f"Example: {PROGRAM} launch -n 2 --devices-per-process 4 -- python train.py",

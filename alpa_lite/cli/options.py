@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -48,6 +49,9 @@ METHODS: dict[MethodName, type[Method]] = {
     MethodName.PIPELINE: PipeshardParallel,
 }
 
+PlanArgument = Annotated[
+    Path, typer.Argument(metavar="PLAN", help="A file made by `alpa-lite plan -o`.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 MethodOption = Annotated[
     MethodName,

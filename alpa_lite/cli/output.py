@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from alpa_lite.cli.exits import InputError
 from alpa_lite.passes.plan_text import printable
 
 Report = Callable[[str, float], None]
@@ -41,6 +43,16 @@ def print_json(data: Any) -> None:
 def remark(text: str) -> None:
     """A line on stderr."""
     print(printable(text), file=sys.stderr)
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Refuse, before the work is done, to write where there is no folder.
+
+    Raises:
+      InputError: the folder of `path` does not exist.
+    """
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{option} {path}: there is no folder {path.absolute().parent}")
 
 
 @contextmanager

@@ -23,13 +23,14 @@ from alpa_lite.cli.options import (
     MethodOption,
     MicrobatchesOption,
     OptimizerOption,
+    PlanArgument,
     RematOption,
     ScheduleOption,
     SetOption,
     make_method,
     parse_overrides,
 )
-from alpa_lite.cli.output import print_json, progress_bar, remark
+from alpa_lite.cli.output import check_folder, print_json, progress_bar, remark
 from alpa_lite.cli.target import load_target
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError
@@ -81,8 +82,8 @@ def plan(
         method, microbatches=num_microbatches, mesh=mesh, memory_budget=memory_budget,
         schedule=schedule, remat=remat,
     )  # fmt: skip
-    if output is not None and not output.absolute().parent.is_dir():
-        raise InputError(f"--output {output}: there is no folder {output.absolute().parent}")
+    if output is not None:
+        check_folder(output, "--output")
     # Shapes are all that planning needs: accelerators are left alone.
     jax.config.update("jax_platforms", "cpu")
     found = load_target(
@@ -104,9 +105,7 @@ def plan(
 
 
 def show(
-    file: Annotated[
-        Path, typer.Argument(metavar="PLAN", help="A file made by `alpa-lite plan -o`.")
-    ],
+    file: PlanArgument,
     json: JsonOption = False,
 ) -> None:
     """Check a plan file and print it.

@@ -30,3 +30,21 @@ def run_program():
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture(scope="session")
+def plan_files(tmp_path_factory):
+    """Plan files made by `alpa-lite plan`: `one` has one mesh, `staged` has two stages."""
+    folder = tmp_path_factory.mktemp("plans")
+    commands = {
+        "one": ["mlp-test", "--batch-size", "64", "--cluster", "h100:8"],
+        "staged": [
+            "mlp-test", "--batch-size", "16", "--cluster", "h100:8", "--method", "3d",
+            "--mesh", "dp=4,pp=2",
+        ],
+    }  # fmt: skip
+    for name, command in commands.items():
+        path = folder / f"{name}.json"
+        made = typer.testing.CliRunner().invoke(app, ["plan", *command, "-o", str(path)])
+        assert made.exit_code == 0, made.stderr
+    return {name: folder / f"{name}.json" for name in commands}

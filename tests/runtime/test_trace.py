@@ -19,6 +19,9 @@ from alpa_lite.runtime.trace import plan_run, recorded_run, trace_json, write_tr
 NUM_LAYERS = 4
 WIDTH = 16
 
+OTHER = ("update", "bubble")  # kinds of slices on a mesh's track that are no tasks
+CATEGORIES = ("compute", "communication")  # kinds of slices of a plan without stages
+
 
 def step(params, batch):
     def loss(params):
@@ -96,7 +99,7 @@ def test_simulated_beside_measured(plan, tmp_path, name):
     assert len(curves) == 4  # two meshes of two runs
     for mesh in ("mesh 0", "mesh 1"):
         simulated, measured = (
-            [s["name"] for s in tracks[run, mesh] if s["cat"] != "update"]
+            [s["name"] for s in tracks[run, mesh] if s["cat"] not in OTHER]
             for run in ("simulated", "measured")
         )
         assert simulated == measured != []
@@ -110,15 +113,45 @@ def test_slices_are_the_timeline(schedule):
     tracks, _ = check_schema(trace_json([plan_run(plan)]))
     for mesh, tasks in enumerate(timeline.schedule.tasks):
         slices = tracks["simulated", f"mesh {mesh}"]
-        on_mesh = [s for s in slices if s["cat"] != "update"]
+        on_mesh = [s for s in slices if s["cat"] not in OTHER]
         assert [s["name"] for s in on_mesh] == [str(t) for t in tasks]
         assert sum(s["dur"] for s in on_mesh) == pytest.approx(
             1e6 * timeline.busy_s[mesh], rel=1e-2
         )
+        assert sum(s["dur"] for s in slices) == pytest.approx(1e6 * plan.predicted.step_s, abs=1e-2)
     last = max(s["ts"] + s["dur"] for slices in tracks.values() for s in slices)
     assert last == pytest.approx(1e6 * timeline.step_s, rel=1e-3)
     sent = [s["name"] for s in tracks["simulated", "mesh 0 to mesh 1"]]
     assert "activation of microbatch 0 to stage 1" in sent
+
+
+def test_sends_take_what_the_plan_says(plan):
+    tracks, _ = check_schema(trace_json([plan_run(plan)]))
+    for (source, target), seconds in {
+        (0, 1): plan.stages[0].send_s, (1, 0): plan.stages[1].return_s,
+    }.items():  # fmt: skip
+        slices = tracks["simulated", f"mesh {source} to mesh {target}"]
+        assert seconds > 0
+        assert sum(s["dur"] for s in slices) == pytest.approx(
+            1e6 * plan.num_microbatches * seconds, abs=1e-2
+        )
+
+
+def test_one_mesh():
+    """A plan without stages: compute and collectives follow each other and add up to the step."""
+    weights = [jax.ShapeDtypeStruct((WIDTH, WIDTH), "float32")] * NUM_LAYERS
+    method = alpa_lite.DataParallel()
+    parallel = alpa_lite.parallelize(step, method=method, cluster="h100:1x2")
+    plan = parallel.plan(weights, jax.ShapeDtypeStruct((16, WIDTH), "float32"))
+    tracks, curves = check_schema(trace_json([plan_run(plan)]))
+    slices = tracks["simulated", "mesh 0"]
+    seconds = {cat: sum(s["dur"] for s in slices if s["cat"] == cat) / 1e6 for cat in CATEGORIES}
+    predicted = plan.predicted
+    assert predicted.communication_s > 0
+    assert seconds["compute"] == pytest.approx(predicted.compute_s, abs=1e-9)
+    assert seconds["communication"] == pytest.approx(predicted.communication_s, abs=1e-8)
+    assert sum(s["dur"] for s in slices) == pytest.approx(1e6 * predicted.step_s, abs=1e-2)
+    assert list(curves) == [(0, "bytes in use, mesh 0")]
 
 
 def test_times_that_touch_do_not_overlap_after_rounding():
@@ -133,7 +166,8 @@ def test_times_that_touch_do_not_overlap_after_rounding():
         ), (), 1.0,
     )  # fmt: skip
     (slices,) = check_schema(trace_json([recorded_run(recording)]))[0].values()
-    assert len(slices) == 200
+    assert len(slices) == 201 and slices[-1]["cat"] == "bubble"
+    assert sum(s["dur"] for s in slices) == pytest.approx(1e6)
 
 
 def test_what_takes_no_time_is_left_out(plan):
