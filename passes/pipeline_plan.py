@@ -134,6 +134,7 @@ class PipelinePlan:
       notes: assumptions and fallbacks worth knowing.
       versions: of the software that made it.
       wall_s: seconds of planning.
+      configuration: what was asked for, resolved, by dotted name; empty if a program asked.
     """
 
     name: str
@@ -155,6 +156,7 @@ class PipelinePlan:
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     wall_s: float = 0.0
+    configuration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def idle_devices(self) -> int:
@@ -205,6 +207,7 @@ class PipelinePlan:
             "alternatives": [asdict(a) for a in self.alternatives],
             "notes": list(self.notes),
             "versions": dict(self.versions),
+            "configuration": dict(self.configuration),
             "cluster": self.cluster.to_json(),
         }
         return json.loads(json.dumps(data))
@@ -241,6 +244,7 @@ class PipelinePlan:
             predicted=PipelinePredicted(**data["predicted"]), gap=data["gap"],
             alternatives=tuple(PipelineAlternative(**a) for a in data["alternatives"]),
             notes=tuple(data["notes"]), versions=data["versions"], wall_s=data["wall_s"],
+            configuration=data.get("configuration", {}),
         )  # fmt: skip
         verify_pipeline_plan(plan, where)
         return plan
@@ -309,6 +313,7 @@ PIPELINE: Mapping[str, Any] = {
     ),
     "notes": plan_schema.ListOf(plan_schema.Text()),
     "versions": plan_schema.MapOf(plan_schema.Text()),
+    "configuration": plan_schema.Optional(plan_schema.MapOf(plan_schema.Scalar())),
     "cluster": plan_schema.Unchecked(),
 }
 

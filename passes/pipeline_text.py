@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from alpa_lite.passes.plan_text import Row, format_axes, layout_rows, section
+from alpa_lite.passes.plan_text import Row, configuration_rows, format_axes, layout_rows, section
 from alpa_lite.passes.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def describe_pipeline(plan: PipelinePlan) -> str:
         sections.append(section("Considered", rows, right={0}))
     if plan.notes:
         sections.append(section("Notes", [("-", note) for note in plan.notes]))
+    if plan.configuration:
+        sections.append(section("Asked for", configuration_rows(plan.configuration)))
     return "\n\n".join(sections)
 
 

@@ -144,6 +144,7 @@ class Plan:
       alternatives: what else was tried.
       notes: assumptions and fallbacks worth knowing.
       versions: of the software that made it.
+      configuration: what was asked for, resolved, by dotted name; empty if a program asked.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     notes: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
+    configuration: Mapping[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON; the file appears whole or not at all."""
@@ -194,6 +196,7 @@ class Plan:
             "alternatives": [asdict(a) for a in self.alternatives],
             "notes": list(self.notes),
             "versions": dict(self.versions),
+            "configuration": dict(self.configuration),
             "cluster": self.cluster.to_json(),
         }
         return json.loads(json.dumps(data))
@@ -230,6 +233,7 @@ class Plan:
                 Alternative(**{**a, "mesh": tuple(a["mesh"])}) for a in data["alternatives"]
             ),
             notes=tuple(data["notes"]), versions=data["versions"],
+            configuration=data.get("configuration", {}),
         )  # fmt: skip
         verify_plan(plan, where)
         return plan

@@ -50,6 +50,18 @@ class MapOf:
 
 
 @dataclass(frozen=True, slots=True)
+class Scalar:
+    """Text, a finite number, true, false, null, or a list of these."""
+
+
+@dataclass(frozen=True, slots=True)
+class Optional:
+    """A field that files written before it existed do not have."""
+
+    item: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Unchecked:
     """Checked elsewhere."""
 
@@ -114,6 +126,7 @@ PLAN: Mapping[str, Any] = {
     ),
     "notes": ListOf(Text()),
     "versions": MapOf(Text()),
+    "configuration": Optional(MapOf(Scalar())),
     "cluster": Unchecked(),
 }
 
@@ -145,18 +158,24 @@ def check(data: Any, shape: Any, where: str) -> None:
             _expect(data in shape.allowed, data, f"one of {list(shape.allowed)}", where)
     elif isinstance(shape, Number):
         _check_number(data, shape, where)
+    elif isinstance(shape, Scalar):
+        _check_scalar(data, where)
+    elif isinstance(shape, Optional):
+        check(data, shape.item, where)
 
 
 def _check_object(data: Any, shape: Mapping[str, Any], where: str) -> None:
     _expect(isinstance(data, dict), data, "an object", where)
-    missing = sorted(set(shape) - set(data))
+    needed = {key for key, each in shape.items() if not isinstance(each, Optional)}
+    missing = sorted(needed - set(data))
     if missing:
         raise PlanError(f"{where}: the field {missing[0]!r} is missing")
     unknown = sorted(set(data) - set(shape))
     if unknown:
         raise PlanError(f"{where}: unknown field {unknown[0]!r}; known are {sorted(shape)}")
     for key, each in shape.items():
-        check(data[key], each, f"{where}: {key}")
+        if key in data:
+            check(data[key], each, f"{where}: {key}")
 
 
 def _check_number(data: Any, shape: Number, where: str) -> None:
@@ -167,6 +186,15 @@ def _check_number(data: Any, shape: Number, where: str) -> None:
     fits = isinstance(data, kinds) and not isinstance(data, bool)
     fits = fits and shape.low <= data <= _MAX_NUMBER  # false for NaN
     _expect(fits, data, f"{kind} of at least {shape.low:g}", where)
+
+
+def _check_scalar(data: Any, where: str) -> None:
+    for each in data if isinstance(data, list) else [data]:
+        if isinstance(each, bool) or not isinstance(each, int | float):
+            wanted = "text, a number, true, false, null, or a list of these"
+            _expect(each is None or isinstance(each, bool | str), data, wanted, where)
+        else:
+            check(each, Number(-_MAX_NUMBER), where)
 
 
 def _expect(fits: bool, data: Any, wanted: str, where: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alpa_lite.ir.sharding import ShardingSpec
 from alpa_lite.passes.units import format_bytes, format_seconds
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Row = tuple[str, ...]
 
 _REASON_WIDTH = 90
+_SETTINGS_WIDTH = 90
 
 # A path as tokens: the text between numbers at even places, the numbers at odd ones.
 _NUMBERS = re.compile(r"([0-9]{1,9})")
@@ -55,6 +56,8 @@ def describe_plan(plan: Plan) -> str:
         sections.append(section("Tried", [header, *alternative_rows(plan)], right={1, 2}))
     if plan.notes:
         sections.append(section("Notes", [("-", note) for note in plan.notes]))
+    if plan.configuration:
+        sections.append(section("Asked for", configuration_rows(plan.configuration)))
     return "\n\n".join(sections)
 
 
@@ -137,6 +140,24 @@ def alternative_rows(plan: Plan) -> list[Row]:
             )
         )
     return rows
+
+
+def configuration_rows(configuration: Mapping[str, Any]) -> list[Row]:
+    """(what, values): settings with a common first part of their name are one entry."""
+    plain: list[Row] = []
+    grouped: dict[str, list[str]] = {}
+    for key, value in configuration.items():
+        group, dot, name = key.partition(".")
+        if dot:
+            grouped.setdefault(group, []).append(f"{name}={value}".replace(", ", ","))
+        else:
+            plain.append((key, str(value)))
+    for group, settings in grouped.items():
+        lines = textwrap.wrap(
+            " ".join(settings), _SETTINGS_WIDTH, break_long_words=False, break_on_hyphens=False
+        )
+        plain += [(group if i == 0 else "", line) for i, line in enumerate(lines)]
+    return plain
 
 
 def layout_rows(inputs: Mapping[str, ShardingSpec]) -> list[Row]:

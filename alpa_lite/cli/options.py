@@ -77,6 +77,8 @@ MeshOption = Annotated[
 BudgetOption = Annotated[
     str | None,
     typer.Option(
+        "--memory-budget",
+        "--budget",
         metavar="SIZE",
         help="Memory per device, such as 40GiB or 800MB; what the cluster has if left out.",
     ),
@@ -100,8 +102,26 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="Change a setting of a model preset, such as num_layers=4, dtype=bfloat16 or "
-        "learning_rate=3e-4; repeatable.",
+        help="Change a setting: of a model preset (model.num_layers=4, or num_layers=4), of the "
+        "hardware (cluster.hosts=2, cluster.inter_host.bytes_per_s=5e9), or an option "
+        "(batch_size=64); repeatable.",
+    ),
+]
+PinOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pin",
+        metavar="PATH=SPEC",
+        help="Prescribe the layout of inputs, such as 'state.params.*.up.kernel=P(None,\"tp\")'; "
+        "the rest is searched; repeatable.",
+    ),
+]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TARGET",
+        help="The package.module:factory that the plan was made from: code named in a file is not "
+        "run unless you name it too.",
     ),
 ]
 
@@ -189,7 +209,7 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, Any]:
     for text in texts:
         key, equals, value = text.partition("=")
         key = key.strip()
-        if not equals or not key.isidentifier():
+        if not equals or not all(map(str.isidentifier, key.split("."))):
             raise InputError(f"--set {text!r} has not the form KEY=VALUE")
         if key in found:
             raise InputError(f"--set gives {key} twice")

@@ -5,16 +5,12 @@ Neither starts a device; a factory that makes arrays makes them on the CPU.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax
 import typer
 
-from alpa_lite.api import parallelize
-from alpa_lite.cli.exits import InputError
+from alpa_lite.cli.configuration import Configuration, parse_pins
 from alpa_lite.cli.options import (
     BudgetOption,
     JsonOption,
@@ -23,15 +19,15 @@ from alpa_lite.cli.options import (
     MethodOption,
     MicrobatchesOption,
     OptimizerOption,
+    PinOption,
     PlanArgument,
     RematOption,
     ScheduleOption,
     SetOption,
-    make_method,
     parse_overrides,
 )
-from alpa_lite.cli.output import check_folder, print_json, progress_bar, remark
-from alpa_lite.cli.target import load_target
+from alpa_lite.cli.output import check_folder, print_json, progress_bar
+from alpa_lite.cli.planning import infeasible_json, plan_again, save_plan
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError
 from alpa_lite.passes.pipeline_plan import PipelinePlan, load_plan
@@ -69,6 +65,7 @@ def plan(
     remat: RematOption = None,
     optimizer: OptimizerOption = None,
     overrides: SetOption = None,
+    pins: PinOption = None,
     json: JsonOption = False,
 ) -> None:
     """Plan a train step for a cluster and print the plan.
@@ -77,30 +74,23 @@ def plan(
     input. With --json the output is the content of a plan file, or, if nothing fits, an object
     with error, message, need_bytes, budget_bytes, row and breakdown.
     """
-    hardware = Cluster.resolve(cluster)
-    options = make_method(
-        method, microbatches=num_microbatches, mesh=mesh, memory_budget=memory_budget,
-        schedule=schedule, remat=remat,
+    asked = Configuration(
+        target=target, cluster=Cluster.resolve(cluster), batch_size=batch_size, method=method,
+        optimizer=optimizer, mesh=mesh, num_microbatches=num_microbatches,
+        memory_budget=memory_budget, schedule=schedule, remat=remat, pins=parse_pins(pins or []),
     )  # fmt: skip
+    asked = asked.changed(parse_overrides(overrides or []))
     if output is not None:
         check_folder(output, "--output")
-    # Shapes are all that planning needs: accelerators are left alone.
-    jax.config.update("jax_platforms", "cpu")
-    found = load_target(
-        target, batch_size=batch_size, optimizer=optimizer,
-        overrides=parse_overrides(overrides or []),
-    )  # fmt: skip
-    step = parallelize(_named(found.step, found.name), method=options, cluster=hardware)
     try:
         with progress_bar() as report:
-            made = step.plan(found.state, found.batch, progress=report)
+            made = plan_again(asked, report)
     except InfeasibleError as error:
         if json:
-            print_json(_infeasible_json(error))
+            print_json(infeasible_json(error))
         raise
     if output is not None:
-        _save(made, output)
-        remark(f"saved to {output}")
+        save_plan(made, output)
     _print_plan(made, as_json=json)
 
 
@@ -121,32 +111,3 @@ def _print_plan(plan: Plan | PipelinePlan, *, as_json: bool) -> None:
         print_json(plan.to_json())
     else:
         print(plan.describe())
-
-
-def _named(step: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The same step under the name that the plan is to carry."""
-
-    @functools.wraps(step)
-    def named(*args: Any) -> Any:
-        return step(*args)
-
-    named.__name__ = name
-    return named
-
-
-def _save(plan: Plan | PipelinePlan, path: Path) -> None:
-    try:
-        plan.save(path)
-    except OSError as error:
-        raise InputError(f"--output {path} cannot be written ({error.strerror})") from None
-
-
-def _infeasible_json(error: InfeasibleError) -> dict[str, Any]:
-    return {
-        "error": "infeasible",
-        "message": str(error),
-        "need_bytes": error.need_bytes,
-        "budget_bytes": error.budget_bytes,
-        "row": error.row,
-        "breakdown": dict(error.breakdown),
-    }

@@ -77,15 +77,19 @@ def simulate(
     title = f"One step of {plan.name}: {format_seconds(plan.predicted.step_s)}"
     console.print(make_table(title, header, rows, right=range(1, 6)))
     if links:
-        header = ("from mesh", "to mesh", "transfers", "all together")
-        rows = [
+        sent = [
             (
                 str(each["source"]), str(each["target"]), str(each["transfers"]),
                 format_seconds(each["seconds"]),
             )
             for each in links
         ]  # fmt: skip
-        console.print(make_table("Between meshes", header, rows, right={2, 3}))
+        console.print(
+            make_table(
+                "Between meshes", ("from mesh", "to mesh", "transfers", "all together"), sent,
+                right={2, 3},
+            )
+        )  # fmt: skip
 
 
 def mesh_seconds(run: TraceRun) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,16 @@ class Target:
       name: as given.
       step: `step(state, batch) -> (state, aux)`, undecorated.
       state, batch: pytrees of `jax.ShapeDtypeStruct`s or arrays.
+      batch_size: of `batch`; None if its leaves differ.
+      settings: of a model preset; empty for the user's own step.
     """
 
     name: str
     step: Callable[..., Any]
     state: Any
     batch: Any
+    batch_size: int | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def load_target(
@@ -50,7 +54,7 @@ def load_target(
     """
     if ":" not in text:
         setup = build_setup(text, optimizer, overrides)
-        return _of_setup(text, setup, batch_size)
+        return replace(_of_setup(text, setup, batch_size), settings=asdict(setup.config))
     if optimizer is not None or overrides:
         raise InputError(
             f"--optimizer and --set change model presets; {text} is built by your code"
@@ -116,8 +120,9 @@ def _of_setup(text: str, setup: ModelSetup, batch_size: int | None) -> Target:
     if batch_size is None:
         raise InputError(f"{text} can be planned for any batch; say which: --batch-size N")
     return Target(
-        name=text, step=setup.step, state=setup.state_shapes(), batch=setup.batch_shapes(batch_size)
-    )
+        name=text, step=setup.step, state=setup.state_shapes(),
+        batch=setup.batch_shapes(batch_size), batch_size=batch_size,
+    )  # fmt: skip
 
 
 def _of_tuple(text: str, found: Any, batch_size: int | None) -> Target:
@@ -143,4 +148,5 @@ def _of_tuple(text: str, found: Any, batch_size: int | None) -> Target:
             f"{text} returns batch shapes for {found_sizes}, not for --batch-size {batch_size}; "
             "leave the option out, or return a ModelSetup"
         )
-    return Target(name=text, step=step, state=state, batch=batch)
+    size = sizes.pop() if len(sizes) == 1 else None
+    return Target(name=text, step=step, state=state, batch=batch, batch_size=size)

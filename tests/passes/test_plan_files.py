@@ -249,7 +249,8 @@ def holder(data: Any, keys: list[str | int]) -> Any:
 
 def objects(data: Any, keys: Keys = ()) -> Iterator[Keys]:
     """Where the JSON objects of a fixed shape are."""
-    free = {"inputs", "pins", "factors", "axes", "versions", "flops_per_s", "provenance", "sources"}
+    free = {"inputs", "pins", "factors", "axes", "versions", "configuration"}
+    free |= {"flops_per_s", "provenance", "sources"}
     if isinstance(data, dict):
         if not keys or keys[-1] not in free:
             yield keys
@@ -274,8 +275,19 @@ def test_missing_and_unknown_fields_are_named_everywhere(tmp_path: Path) -> None
             except PlanError as error:
                 assert field in str(error)
             else:
-                # Clusters have fields with defaults; plans have none.
-                assert keys and keys[0] == "cluster", (keys, field)
+                # Clusters have fields with defaults; plans have one, which came later.
+                assert keys[:1] == ("cluster",) or field == "configuration", (keys, field)
+
+
+def test_configuration_is_kept_and_checked(plan: Plan, tmp_path: Path) -> None:
+    asked = {"target": "m", "batch_size": 8, "model.sizes": [1, 2], "model.remat": None}
+    file = tmp_path / "plan.json"
+    replace(plan, configuration=asked).save(file)
+    assert Plan.load(file).configuration == asked
+    for odd in ({"a": {}}, {"a": [[1]]}, {"a": 10**400}, []):
+        data = plan.to_json() | {"configuration": odd}
+        with pytest.raises(PlanError, match="configuration"):
+            Plan.load(write(file, data))
 
 
 # Files broken at random.
