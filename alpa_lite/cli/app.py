@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from alpa_lite.cli.compare import diff, whatif
 from alpa_lite.cli.exits import CommandGroup
 from alpa_lite.cli.launch import launch
 from alpa_lite.cli.listings import clusters, models
@@ -40,6 +41,10 @@ def root(
 
 app.command(epilog=f"Example: {PROGRAM} plan gpt-1.3b --cluster h100:2x8 --batch-size 64")(plan)
 app.command(epilog=f"Example: {PROGRAM} show plan.json")(show)
+app.command(epilog=f"Example: {PROGRAM} diff before.json after.json")(diff)
+app.command(
+    epilog=f"Example: {PROGRAM} whatif plan.json --set cluster.hosts=2 --memory-budget 40GiB"
+)(whatif)
 app.command(epilog=f"Example: {PROGRAM} simulate plan.json --trace step.json.gz")(simulate)
 app.command(epilog=f"Example: {PROGRAM} train --steps 20")(train)
 app.command(

@@ -9,7 +9,7 @@ import pytest
 from alpa_lite.errors import InfeasibleError, PlanError, SolverTimeoutError
 from alpa_lite.version import __version__
 
-VERBS = ("plan", "show", "simulate", "train", "launch", "models", "clusters")
+VERBS = ("plan", "show", "diff", "whatif", "simulate", "train", "launch", "models", "clusters")
 OWN = ("plan", "tests.cli.own_steps:linear", "--cluster", "h100:8")
 
 
@@ -79,7 +79,14 @@ def backends_started(run_program, tmp_path_factory):
     file = str(tmp_path_factory.mktemp("plans") / "plan.json")
     made = run_program(*OWN, "-o", file)
     assert made.returncode == 0, made.stderr
-    commands = [["clusters"], ["show", file], ["simulate", file], ["models"], [*OWN]]
+    commands = [
+        ["clusters"],
+        ["show", file],
+        ["simulate", file],
+        ["diff", file, file],
+        ["models"],
+        [*OWN],
+    ]
     result = run_program(json.dumps(commands), code=IN_ONE_PROCESS)
     assert result.returncode == 0, result.stderr
     return dict(zip((c[0] for c in commands), json.loads(result.stdout), strict=True))
@@ -91,6 +98,7 @@ def backends_started(run_program, tmp_path_factory):
         "clusters",
         "show",
         "simulate",
+        "diff",
         "models",
         "plan",
     ],
