@@ -8,9 +8,10 @@ to the result for longer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence, Set
 
-from alpa_lite.passes.decisions import CollectiveUse, Decisions, keyed_collectives
+from alpa_lite.ir.sharding import ShardingSpec
+from alpa_lite.passes.decisions import CollectiveUse, Decisions
 from alpa_lite.passes.program import FlatOp, FlatValue
 
 
@@ -19,9 +20,10 @@ def merged_collectives(decisions: Decisions) -> Iterator[CollectiveUse]:
 
     Example: the scale gradients of two normalisations of one sum are the same sum over devices.
     """
-    numbers = _value_numbers(decisions)
+    keyed = decisions.keyed_collectives
+    numbers = _value_numbers(decisions, {value for _, value, _ in keyed})
     seen = set()
-    for use, value, key in keyed_collectives(decisions):
+    for use, value, key in keyed:
         same = (numbers[value], use.axes, use.kind, key)
         if same in seen:
             yield use
@@ -40,13 +42,20 @@ def merge_notes(decisions: Decisions) -> tuple[str, ...]:
     )
 
 
-def _value_numbers(decisions: Decisions) -> dict[int, Hashable]:
-    """Equal for values that XLA finds equal."""
+def _value_numbers(decisions: Decisions, values: Set[int]) -> dict[int, Hashable]:
+    """Equal for values that XLA finds equal: those asked for, and what they are made of."""
     d, c = decisions, decisions.contraction
+    wanted = set(values)
+    for op in reversed(c.ops):
+        if not wanted.isdisjoint(op.results):
+            wanted.update(c.operands[op.id])
     numbers: dict[int, Hashable] = {}
     ids: dict[Hashable, int] = {}
+    layouts = _Numbering()
     for op in c.ops:
-        specs = (d.operand_specs[op.id], d.result_specs[op.id])
+        if wanted.isdisjoint(op.results):
+            continue
+        specs = (layouts.number(d.operand_specs[op.id]), layouts.number(d.result_specs[op.id]))
         known = tuple(numbers.get(v, ("value", v)) for v in c.operands[op.id])
         if _is_identity(op, c.values) and specs[0] == specs[1]:
             numbers[op.results[0]] = known[0]
@@ -55,7 +64,21 @@ def _value_numbers(decisions: Decisions) -> dict[int, Hashable]:
             key = (name, known, specs, op.weight, id(op.graph))
             number = ids.setdefault(key, len(ids))
             numbers.update((value, (number, i)) for i, value in enumerate(op.results))
-    return {v: numbers.get(v, ("value", v)) for op in c.ops for v in op.results}
+    return {v: numbers.get(v, ("value", v)) for v in values}
+
+
+class _Numbering:
+    """Equal numbers for equal tuples, of which few are distinct objects: each is hashed once."""
+
+    def __init__(self) -> None:
+        self.by_identity: dict[int, int] = {}
+        self.by_value: dict[tuple[ShardingSpec, ...], int] = {}
+
+    def number(self, specs: tuple[ShardingSpec, ...]) -> int:
+        """The number of a tuple that stays alive."""
+        if id(specs) not in self.by_identity:
+            self.by_identity[id(specs)] = self.by_value.setdefault(specs, len(self.by_value))
+        return self.by_identity[id(specs)]
 
 
 def _function(op: FlatOp) -> str | None:

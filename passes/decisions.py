@@ -25,7 +25,7 @@ _Specs = tuple[ShardingSpec, ...]
 _Resolved = tuple[tuple[str, ...], str]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)  # without slots, as `keyed_collectives` are found once
 class Decisions:
     """Everything the runtime needs to know about layouts.
 
@@ -50,6 +50,15 @@ class Decisions:
         c = self.contraction
         producer = c.ops[c.definition[value]]
         return self.result_specs[producer.id][producer.results.index(value)]
+
+    @functools.cached_property
+    def keyed_collectives(self) -> tuple[tuple[CollectiveUse, int, ResultKey], ...]:
+        """Every collective of one step, shared ones once, each with the value it starts from and
+        what else identifies its result.
+
+        For a sum that an op completes itself, that is the op's result and an empty key.
+        """
+        return tuple(_find_collectives(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,14 +172,10 @@ def layout_change(decisions: Decisions, op: FlatOp, position: int) -> LayoutChan
 
 def collectives(decisions: Decisions) -> Iterator[CollectiveUse]:
     """Every collective of one step, shared ones once."""
-    return (use for use, _, _ in keyed_collectives(decisions))
+    return (use for use, _, _ in decisions.keyed_collectives)
 
 
-def keyed_collectives(decisions: Decisions) -> Iterator[tuple[CollectiveUse, int, ResultKey]]:
-    """The same, each with the value it starts from and what else identifies its result.
-
-    For a sum that an op completes itself, that is the op's result and an empty key.
-    """
+def _find_collectives(decisions: Decisions) -> Iterator[tuple[CollectiveUse, int, ResultKey]]:
     d, c = decisions, decisions.contraction
     changes = [
         (op, position, layout_change(d, op, position))

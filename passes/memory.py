@@ -307,13 +307,11 @@ class _Ranges:
 
     def control_flow_spans(self) -> dict[int, tuple[int, int]]:
         """First and last time of each loop or branch op: its links and all of its body."""
+        control = {id(o.op): o.op for o in self.c.ops if o.op is not None and o.op.subgraphs}
         times: dict[int, list[int]] = defaultdict(list)
-        control = {}
-        for op in self.c.ops:
+        for op in self.c.ops if control else ():
             if op.op is not None:
                 times[id(op.op)].append(self.time[op.id])
-                if op.op.subgraphs:
-                    control[id(op.op)] = op.op
         spans = {}
         for key, held in control.items():
             inside = [t for body in held.subgraphs for o in body.walk() for t in times[id(o)]]

@@ -287,14 +287,13 @@ def batch_factors(contraction: Contraction) -> list[frozenset[int]]:
     """Node factors that stem from dim 0 of the batch, per node."""
     c = contraction
     reads: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)
-    for op in c.ops:
-        reader = c.node_of[op.id]
-        for value, layout in zip(c.operands[op.id], c.operand_layouts[op.id], strict=True):
-            producer = c.ops[c.definition[value]]
-            made = c.result_layouts[producer.id][producer.results.index(value)]
-            for a, b in zip(made.dims, layout.dims, strict=True):
-                if a != NONE and b != NONE:
-                    reads[c.node_of[producer.id], a].add((reader, b))
+    for op, position in c.uses:
+        value, layout = c.operands[op.id][position], c.operand_layouts[op.id][position]
+        producer = c.ops[c.definition[value]]
+        made = c.result_layouts[producer.id][producer.results.index(value)]
+        for a, b in zip(made.dims, layout.dims, strict=True):
+            if a != NONE and b != NONE:
+                reads[c.node_of[producer.id], a].add((c.node_of[op.id], b))
     todo = [
         (c.node_of[op.id], c.result_layouts[op.id][0].dims[0])
         for op in c.ops

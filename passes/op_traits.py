@@ -37,7 +37,7 @@ def is_linear(op: FlatOp) -> bool:
     if op.kind != "op":
         return op.kind in LINEAR_LINKS
     assert op.op is not None
-    name = op.op.name
+    name = op.name
     if name in LINEAR_NARY:
         return len(op.operands) == len(op.op.operands)
     if name == "convert_element_type":

@@ -33,7 +33,7 @@ import jax
 
 from alpa_lite.cost_model import Cluster, MeshCostModel
 from alpa_lite.errors import InfeasibleError, SolverTimeoutError, StepError
-from alpa_lite.ir.graph import format_graph, graph_hash
+from alpa_lite.ir.graph import Graph, format_graph, graph_hash
 from alpa_lite.ir.sharding import Mesh
 from alpa_lite.ir.trace import TracedStep, trace
 from alpa_lite.passes.build import Candidate, PlanningInputs, solve_on_mesh
@@ -147,7 +147,7 @@ def _plan_step(
             named = name_axes(contraction, best.decisions.mesh, best.decisions.assignments)
             best = replace(best, decisions=decide(contraction, named, best.decisions.assignments))
             plan = make_plan(
-                call.name, graph_hash(traced.graph), inputs, best, tuple(tried),
+                call.name, _hash(traced.graph, contraction.program), inputs, best, tuple(tried),
                 time.monotonic() - started,
             )  # fmt: skip
             dump("plan.txt", plan.describe)
@@ -155,6 +155,12 @@ def _plan_step(
             return PlannedStep(plan, best.decisions, kinds)
     assert failure is not None
     raise failure
+
+
+def _hash(graph: Graph, program: Program) -> str:
+    """`graph_hash`, with the keys that the program has made already."""
+    made = (program.op_at.get(((), op.id)) for op in graph.ops)
+    return graph_hash(graph, ["" if at is None else program.ops[at].key for at in made])
 
 
 def _best_mesh(

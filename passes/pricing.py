@@ -189,26 +189,35 @@ def resolved_axes(layout: Layout, assignment: Sequence[int], mesh: Mesh) -> tupl
 
 def internal_values(contraction: Contraction) -> frozenset[int]:
     """Values that live only inside one fusion: made and read by cheap ops of one node and phase."""
-    c = contraction
+    return _internal_values(contraction, _fusions(contraction))
+
+
+def _internal_values(c: Contraction, fusions: Sequence[int]) -> frozenset[int]:
     escaped = {v for v in c.program.outputs if v is not None}
     for op in c.ops:
         for value in c.operands[op.id]:
-            if not _is_fused(c, c.definition[value], op.id):
+            if fusions[op.id] == _ALONE or fusions[c.definition[value]] != fusions[op.id]:
                 escaped.add(value)
-    return frozenset(v for op in c.ops if _is_cheap(op) for v in op.results if v not in escaped)
+    return frozenset(
+        v for op in c.ops if fusions[op.id] != _ALONE for v in op.results if v not in escaped
+    )
 
 
 # Counting.
 
+_ALONE = -1
+"""In the place of a fusion: an op that XLA runs by itself."""
+
 
 def _count_ops(c: Contraction, classes: Sequence[int], phase: str | None) -> Iterator[OpWork]:
-    internal = internal_values(c)
+    fusions = _fusions(c)
+    internal = _internal_values(c, fusions)
     counted: dict[tuple[Any, ...], tuple[int, FlatOp]] = {}
     for op in c.ops:
         if op.kind != "op" or not op.results or phase not in (None, op.phase):
             continue
         layouts = (*c.operand_layouts[op.id], *c.result_layouts[op.id])
-        in_memory = _arrays(c, op, internal)
+        in_memory = _arrays(c, op, fusions, internal)
         cls = classes[c.node_of[op.id]]
         key = (cls, op.key, op.weight, layouts, in_memory)
         count, first = counted.get(key, (0, op))
@@ -236,13 +245,13 @@ def _compute_dtype(c: Contraction, op: FlatOp) -> str:
 
 
 def _arrays(
-    c: Contraction, op: FlatOp, internal: frozenset[int]
+    c: Contraction, op: FlatOp, fusions: Sequence[int], internal: frozenset[int]
 ) -> tuple[tuple[int, tuple[int, ...]], ...]:
     """Operands and results that reach memory: XLA fuses chains of cheap ops."""
     read = [
         (c.values[v].num_bytes, layout.dims)
         for v, layout in zip(c.operands[op.id], c.operand_layouts[op.id], strict=True)
-        if not _is_fused(c, c.definition[v], op.id)
+        if fusions[op.id] == _ALONE or fusions[c.definition[v]] != fusions[op.id]
     ]
     written = [
         (c.values[v].num_bytes, layout.dims)
@@ -262,19 +271,18 @@ def _uses(c: Contraction, classes: Sequence[int]) -> Iterator[UseWork]:
             yield use
 
 
-def _is_fused(c: Contraction, producer: int, reader: int) -> bool:
-    a, b = c.ops[producer], c.ops[reader]
-    return (
-        c.node_of[producer] == c.node_of[reader]
-        and _is_cheap(a)
-        and _is_cheap(b)
-        and a.phase == b.phase
-        and a.graph is b.graph
-    )
+def _fusions(c: Contraction) -> list[int]:
+    """For each op the number of the fusion it may be in: cheap ops of one node, phase and graph.
 
-
-def _is_cheap(op: FlatOp) -> bool:
-    return op.kind == "op" and op.name not in op_traits.HEAVY
+    `_ALONE` for ops that are not cheap.
+    """
+    numbers: dict[tuple[int, str, int], int] = {}
+    return [
+        numbers.setdefault((c.node_of[op.id], op.phase, id(op.graph)), len(numbers))
+        if op.kind == "op" and op.name not in op_traits.HEAVY
+        else _ALONE
+        for op in c.ops
+    ]
 
 
 # Pricing.

@@ -23,7 +23,6 @@ number of times a change of that operand's layout would run.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ Path = tuple[tuple[int, int], ...]
 """Where a nested graph hangs: (op id, body index) from the outside in."""
 
 
-@dataclass(frozen=True, eq=False)  # without slots, as its sizes are kept once they are asked for
+@dataclass(frozen=True, slots=True, eq=False)
 class FlatValue:
     """A value of some graph of the nest.
 
@@ -45,26 +44,24 @@ class FlatValue:
       id: position in `Program.values`.
       aval: JAX abstract value.
       name: a path for inputs, else `""`.
+      num_elements: product of the dims.
+      num_bytes: of the whole array.
     """
 
     id: int
     aval: Any
     name: str = ""
+    num_elements: int = field(init=False)
+    num_bytes: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_elements", math.prod(self.aval.shape))
+        object.__setattr__(self, "num_bytes", aval_bytes(self.aval))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes of the dims."""
         return tuple(self.aval.shape)
-
-    @functools.cached_property
-    def num_bytes(self) -> int:
-        """Bytes of the whole array."""
-        return aval_bytes(self.aval)
-
-    @functools.cached_property
-    def num_elements(self) -> int:
-        """Product of the dims."""
-        return math.prod(self.aval.shape)
 
 
 @dataclass(slots=True, eq=False)

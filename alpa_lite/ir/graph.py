@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -247,10 +247,15 @@ def aval_bytes(aval: Any) -> int:
     return int(math.prod(aval.shape)) * itemsize
 
 
-def graph_hash(graph: Graph) -> str:
-    """Hash of structure, shapes, dtypes and parameters; scopes and source lines do not count."""
+def graph_hash(graph: Graph, keys: Sequence[str] = ()) -> str:
+    """Hash of structure, shapes, dtypes and parameters; scopes and source lines do not count.
+
+    Args:
+      graph: the graph.
+      keys: `op_key` of each op where that is at hand, else `""`.
+    """
     digest = hashlib.sha256()
-    for line in _signature_lines(graph):
+    for line in _signature_lines(graph, keys or ("",) * len(graph.ops)):
         digest.update(line.encode())
         digest.update(b"\n")
     return digest.hexdigest()[:32]
@@ -258,6 +263,8 @@ def graph_hash(graph: Graph) -> str:
 
 def param_key(value: Any) -> str:
     """A stable text for an op parameter: no object addresses."""
+    if value is None or type(value) in (bool, int):  # most are, and what follows takes its time
+        return str(value)
     if callable(value) and not isinstance(value, type):
         return getattr(value, "__qualname__", type(value).__name__)
     if isinstance(value, np.ndarray):
@@ -303,20 +310,24 @@ def _format_op(graph: Graph, op: Op, indent: str, scopes: bool) -> list[str]:
     return lines
 
 
-def _signature_lines(graph: Graph) -> Iterator[str]:
+def _signature_lines(graph: Graph, keys: Sequence[str]) -> Iterator[str]:
     yield "inputs " + ",".join(f"{i}:{_short_aval(graph.values[i].aval)}" for i in graph.inputs)
-    for op in graph.ops:
+    for op, key in zip(graph.ops, keys, strict=True):
         operands = ",".join("_" if isinstance(o, Literal) else str(o) for o in op.operands)
-        yield f"{op.results}={op_key(graph, op)}({operands})"
+        yield f"{op.results}={key or op_key(graph, op)}({operands})"
     yield "outputs " + ",".join(
         f"lit{o}" if isinstance(o, Literal) else str(o) for o in graph.outputs
     )
 
 
-@functools.lru_cache(maxsize=4096)
 def _short_aval(aval: Any) -> str:
+    return _short_type(aval.dtype, aval.shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _short_type(dtype: Any, shape: tuple[int, ...]) -> str:
     names = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "pred"}
-    text = str(aval.dtype)
+    text = str(dtype)
     stem = text.rstrip("0123456789")
     short = names[stem] + text[len(stem) :] if stem in names else text
-    return f"{short}[{','.join(map(str, aval.shape))}]"
+    return f"{short}[{','.join(map(str, shape))}]"
