@@ -53,10 +53,10 @@ class Decisions:
 
     @functools.cached_property
     def keyed_collectives(self) -> tuple[tuple[CollectiveUse, int, ResultKey], ...]:
-        """Every collective of one step, shared ones once, each with the value it starts from and
-        what else identifies its result.
+        """Every collective of one step, shared ones once, and what identifies its result.
 
-        For a sum that an op completes itself, that is the op's result and an empty key.
+        That is the value it starts from, and a key. For a sum that an op completes itself: the op's result,
+        and an empty key.
         """
         return tuple(_find_collectives(self))
 
