@@ -55,8 +55,8 @@ class Decisions:
     def keyed_collectives(self) -> tuple[tuple[CollectiveUse, int, ResultKey], ...]:
         """Every collective of one step, shared ones once, and what identifies its result.
 
-        That is the value it starts from, and a key. For a sum that an op completes itself: the op's result,
-        and an empty key.
+        That is the value it starts from, and a key. For a sum that an op completes itself: the
+        op's result, and an empty key.
         """
         return tuple(_find_collectives(self))
 
