@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from alpa_lite.cli.budget_verb import budget
 from alpa_lite.cli.compare import diff, whatif
 from alpa_lite.cli.exits import CommandGroup
 from alpa_lite.cli.launch import launch
 from alpa_lite.cli.listings import clusters, models
+from alpa_lite.cli.model_verb import model
 from alpa_lite.cli.plan_verbs import plan, show
 from alpa_lite.cli.simulate import simulate
 from alpa_lite.cli.train import train
@@ -51,6 +53,10 @@ app.command(
     epilog=f"Example: {PROGRAM} launch -n 2 --devices-per-process 4 -- python train.py",
     context_settings={"allow_interspersed_args": False},
 )(launch)
+app.command(epilog=f"Example: {PROGRAM} model llama2-7b --seq 4096 --batch 1")(model)
+app.command(
+    epilog=f"Example: {PROGRAM} budget --gpus 512 --days 30 --cluster h100:64x8 --price 2.5"
+)(budget)
 app.command(epilog=f"Example: {PROGRAM} models")(models)
 app.command(epilog=f"Example: {PROGRAM} clusters --json")(clusters)
 
