@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
 from alpa_lite.cost_model.cluster import DeviceSpec
 
 MATMUL = "matmul"
@@ -35,6 +38,13 @@ class Roofline:
         """Seconds of one operation; 0 if it neither computes nor touches memory."""
         busy_s = max(flops * self.s_per_flop, bytes_accessed * self.s_per_byte)
         return busy_s + self.overhead_s if busy_s else 0.0
+
+    def op_s_array(self, flops: ArrayLike, bytes_accessed: ArrayLike) -> NDArray[np.float64]:
+        """`op_s` of every pair."""
+        busy_s = np.maximum(
+            np.asarray(flops) * self.s_per_flop, np.asarray(bytes_accessed) * self.s_per_byte
+        )
+        return np.where(busy_s > 0, busy_s + self.overhead_s, 0.0)
 
 
 def roofline(

@@ -32,6 +32,12 @@ class CostModel(Protocol):
         """Seconds of one operation on one device, from its local flops and bytes."""
         ...
 
+    def compute_s_array(
+        self, flops: ArrayLike, bytes_accessed: ArrayLike, dtype: str, is_matmul: bool
+    ) -> NDArray[np.float64]:
+        """The same for many operations."""
+        ...
+
     @property
     def hbm_budget_bytes(self) -> int:
         """Bytes per device that a plan may fill."""
@@ -110,18 +116,27 @@ class MeshCostModel:
           dtype: dtype name, `bfloat16`.
           is_matmul: a matrix product or convolution.
         """
+        return self._roofline(dtype, is_matmul).op_s(flops, bytes_accessed)
+
+    def compute_s_array(
+        self, flops: ArrayLike, bytes_accessed: ArrayLike, dtype: str, is_matmul: bool
+    ) -> NDArray[np.float64]:
+        """Seconds of many operations on one device: `compute_s` of every pair."""
+        return self._roofline(dtype, is_matmul).op_s_array(flops, bytes_accessed)
+
+    @property
+    def hbm_budget_bytes(self) -> int:
+        """Bytes per device that a plan may fill."""
+        return self.cluster.usable_hbm_bytes
+
+    def _roofline(self, dtype: str, is_matmul: bool) -> Roofline:
         line = self._rooflines.get((dtype, is_matmul))
         if line is None:
             kind = MATMUL if is_matmul else ELEMENTWISE
             cluster = self.cluster
             line = roofline(cluster.device, dtype, kind, cluster.shared_compute)
             self._rooflines[dtype, is_matmul] = line
-        return line.op_s(flops, bytes_accessed)
-
-    @property
-    def hbm_budget_bytes(self) -> int:
-        """Bytes per device that a plan may fill."""
-        return self.cluster.usable_hbm_bytes
+        return line
 
     def _pricer(self, kind: str, axes: tuple[str, ...]) -> CurvePricer | LinePricer:
         pricer = collective_pricer(kind, self.group(axes), self.cluster)

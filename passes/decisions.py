@@ -85,7 +85,7 @@ class CollectiveUse:
 def decide(contraction: Contraction, mesh: Mesh, assignments: Sequence[Assignment]) -> Decisions:
     """Derive all specs from the assignments of the nodes."""
     c = contraction
-    spec = functools.cache(lambda layout, assignment: layout_spec(layout, assignment, mesh))
+    names = mesh.names
     operand_specs: list[_Specs] = []
     result_specs: list[_Specs] = []
     resolved: list[tuple[_Resolved, ...]] = []
@@ -97,8 +97,8 @@ def decide(contraction: Contraction, mesh: Mesh, assignments: Sequence[Assignmen
         key = (id(ins), id(outs), chosen)
         if key not in known:
             known[key] = (
-                tuple(spec(x, chosen) for x in ins),
-                tuple(spec(x, chosen) for x in outs),
+                tuple(layout_spec(x, chosen, names) for x in ins),
+                tuple(layout_spec(x, chosen, names) for x in outs),
                 tuple((resolved_axes(x, chosen, mesh), x.combine) for x in outs),
             )
         operands, results, sums = known[key]

@@ -153,7 +153,7 @@ class ManualParallel(Method):
             cls = classes[contraction.node_of[op_id]]
             layout = contraction.result_layouts[op_id][0]
             fits = np.array(
-                [layout_spec(layout, a, mesh) == spec for a in strategies[cls].assignments]
+                [layout_spec(layout, a, mesh.names) == spec for a in strategies[cls].assignments]
             )
             if not (masks[cls] & fits).any():
                 raise PlanError(

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from alpa_lite.ir.flops import is_matmul
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
 from alpa_lite.passes import op_traits
 from alpa_lite.passes.decision_graph import Contraction, Layout
 from alpa_lite.passes.program import FlatOp
-from alpa_lite.passes.reshard import ALL_GATHER, ALL_TO_ALL, COLLECTIVES, plan_reshard
+from alpa_lite.passes.reshard import ALL_GATHER, ALL_TO_ALL, COLLECTIVES, plan_moves, plan_reshard
 from alpa_lite.passes.strategies import StrategySet
 
 
@@ -30,8 +31,10 @@ class Prices(Protocol):
     def collective_s(self, kind: str, payload_bytes: float, axes: tuple[str, ...]) -> float:
         """Seconds of one collective over mesh axes."""
 
-    def compute_s(self, flops: float, bytes_accessed: float, dtype: str, is_matmul: bool) -> float:
-        """Seconds of one local operation."""
+    def compute_s_array(
+        self, flops: ArrayLike, bytes_accessed: ArrayLike, dtype: str, is_matmul: bool
+    ) -> NDArray[np.float64]:
+        """Seconds of many local operations."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,9 +138,11 @@ def price(
       limits: layout changes that must not make an array of so many bytes per device or more.
     """
     node_cost = [np.zeros(len(s)) for s in strategies]
+    divisors = _Divisors(strategies, mesh)
     for op in work.ops:
-        own = strategies[op.cls]
-        seconds = _compute_cost(op, own, mesh, prices) + _sum_cost(op, own, mesh, prices)
+        seconds = _compute_cost(op, divisors, prices)
+        if op.sums:
+            seconds = seconds + _sum_cost(op, strategies[op.cls], mesh, prices)
         node_cost[op.cls] += op.count * seconds
     edge_cost: dict[tuple[int, int], np.ndarray] = {}
     tables = _UseTables(strategies, mesh, prices)
@@ -156,9 +161,8 @@ def price(
 
 def compute_s(work: Workload, chosen: Sequence[StrategySet], mesh: Mesh, prices: Prices) -> float:
     """Seconds of all local work per step, `chosen` holding one strategy per class."""
-    return sum(
-        op.count * float(_compute_cost(op, chosen[op.cls], mesh, prices)[0]) for op in work.ops
-    )
+    divisors = _Divisors(chosen, mesh)
+    return sum(op.count * float(_compute_cost(op, divisors, prices)[0]) for op in work.ops)
 
 
 def converted_bytes(
@@ -288,18 +292,31 @@ def _fusions(c: Contraction) -> list[int]:
 # Pricing.
 
 
-def _compute_cost(op: OpWork, strategies: StrategySet, mesh: Mesh, prices: Prices) -> np.ndarray:
+class _Divisors:
+    """By how much factors shrink per device under each strategy, each found once."""
+
+    def __init__(self, strategies: Sequence[StrategySet], mesh: Mesh) -> None:
+        self.strategies, self.mesh = strategies, mesh
+        self.known: dict[tuple[int, tuple[int, ...]], np.ndarray] = {}
+
+    def of(self, cls: int, factors: tuple[int, ...]) -> np.ndarray:
+        """`[num_strategies]`: see `StrategySet.divisors`."""
+        key = cls, factors
+        if key not in self.known:
+            self.known[key] = self.strategies[cls].divisors(self.mesh, factors)
+        return self.known[key]
+
+
+def _compute_cost(op: OpWork, divisors: _Divisors, prices: Prices) -> np.ndarray:
     """`[num_strategies]` seconds per step of one op's own work."""
     if not op.arrays and not op.is_matmul:
-        return np.zeros(len(strategies))
-    local_bytes = np.zeros(len(strategies))
-    for num_bytes, dims in op.arrays:
-        local_bytes += num_bytes / strategies.divisors(mesh, dims)
-    local_flops = op.flops / strategies.divisors(mesh, op.factors)
-    seconds = functools.cache(
-        lambda flops, num_bytes: prices.compute_s(flops, num_bytes, op.dtype, op.is_matmul)
+        return np.zeros(len(divisors.strategies[op.cls]))
+    local_bytes = sum(
+        (num_bytes / divisors.of(op.cls, dims) for num_bytes, dims in op.arrays), np.zeros(1)
     )
-    return op.weight * np.array(list(map(seconds, local_flops.tolist(), local_bytes.tolist())))
+    local_flops = op.flops / divisors.of(op.cls, op.factors)
+    seconds = prices.compute_s_array(local_flops, local_bytes, op.dtype, op.is_matmul)
+    return op.weight * seconds
 
 
 def _sum_cost(op: OpWork, strategies: StrategySet, mesh: Mesh, prices: Prices) -> np.ndarray:
@@ -314,15 +331,31 @@ def _sum_cost(op: OpWork, strategies: StrategySet, mesh: Mesh, prices: Prices) -
     return op.weight * seconds
 
 
-_Collectives = tuple[tuple[str, float, tuple[str, ...]], ...]
-"""Of a layout change: kind, payload over the bytes of the array, and mesh axes of each."""
+_Specs = tuple[ShardingSpec, ...]
+_Collectives = tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...]
+"""Of a layout change: kind, mesh axes, and axes that divide the payload of each."""
 
 
-def _collectives(source: ShardingSpec, target: ShardingSpec, mesh: Mesh) -> _Collectives:
+@functools.lru_cache(maxsize=1 << 12)
+def _changes(
+    sources: _Specs, targets: _Specs, names: tuple[str, ...]
+) -> tuple[tuple[_Collectives, ...], np.ndarray]:
+    """The distinct layout changes between two lists of specs, and which one each pair needs."""
+    distinct: dict[_Collectives, int] = {}
+    at = [
+        [distinct.setdefault(_collectives(s, t, names), len(distinct)) for t in targets]
+        for s in sources
+    ]
+    return tuple(distinct), np.array(at)
+
+
+def _collectives(
+    source: ShardingSpec, target: ShardingSpec, names: tuple[str, ...]
+) -> _Collectives:
     return tuple(
-        (step.kind, step.payload_fraction, step.axes)
-        for step in plan_reshard(source, target, mesh)
-        if step.kind in COLLECTIVES
+        (move.kind, move.axes, move.split or ())
+        for move in plan_moves(source, target, names)
+        if move.kind in COLLECTIVES
     )
 
 
@@ -334,9 +367,8 @@ class _UseTables:
         self.mesh = mesh
         self.prices = prices
         self.specs_of: dict[tuple[int, Layout], tuple[int, np.ndarray]] = {}
-        self.spec_lists: dict[tuple[ShardingSpec, ...], int] = {}
-        self.lists: list[tuple[ShardingSpec, ...]] = []
-        self.changes_of: dict[tuple[int, int], tuple[tuple[_Collectives, ...], np.ndarray]] = {}
+        self.spec_lists: dict[_Specs, int] = {}
+        self.lists: list[_Specs] = []
         self.tables: dict[tuple[int, int, int], np.ndarray] = {}
 
     def cost(self, use: UseWork, limit_bytes: float | None) -> np.ndarray:
@@ -345,7 +377,7 @@ class _UseTables:
         targets, target_at = self.specs(use.v, use.target)
         key = (sources, targets, use.num_bytes)
         if key not in self.tables:
-            changes, change_at = self.changes(sources, targets)
+            changes, change_at = _changes(self.lists[sources], self.lists[targets], self.mesh.names)
             seconds = [self.seconds(steps, use.num_bytes) for steps in changes]
             self.tables[key] = np.array(seconds)[change_at]
         table = self.tables[key]
@@ -355,24 +387,12 @@ class _UseTables:
             )
         return table[np.ix_(source_at, target_at)]
 
-    def changes(self, sources: int, targets: int) -> tuple[tuple[_Collectives, ...], np.ndarray]:
-        """The distinct layout changes between two lists of specs, and which one each pair needs."""
-        key = (sources, targets)
-        if key not in self.changes_of:
-            distinct: dict[_Collectives, int] = {}
-            at = [
-                [
-                    distinct.setdefault(_collectives(s, t, self.mesh), len(distinct))
-                    for t in self.lists[targets]
-                ]
-                for s in self.lists[sources]
-            ]
-            self.changes_of[key] = (tuple(distinct), np.array(at))
-        return self.changes_of[key]
-
     def seconds(self, steps: _Collectives, num_bytes: int) -> float:
         """Seconds to change the layout of an array of `num_bytes` once."""
-        each = (self.prices.collective_s(kind, f * num_bytes, axes) for kind, f, axes in steps)
+        each = (
+            self.prices.collective_s(kind, num_bytes / self.mesh.size(split), axes)
+            for kind, axes, split in steps
+        )
         return sum(each, start=0.0)
 
     def sizes(self, sources: int, targets: int, num_bytes: int) -> np.ndarray:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from alpa_lite.ir.sharding import Mesh, ShardingSpec
 
@@ -56,22 +57,49 @@ def plan_reshard(source: ShardingSpec, target: ShardingSpec, mesh: Mesh) -> tupl
       target: wanted spec; may have pending sums.
       mesh: the mesh of both.
     """
-    if source == target:
-        return ()
-    return tuple(_Planner(source, target, mesh).run())
+    return tuple(
+        ReshardStep(
+            move.kind, move.axes, move.dim, move.from_dim,
+            0.0 if move.split is None else 1.0 / mesh.size(move.split),
+        )
+        for move in plan_moves(source, target, mesh.names)
+    )  # fmt: skip
+
+
+class Move(NamedTuple):
+    """A `ReshardStep` on a mesh of any shape.
+
+    Attributes:
+      kind, axes, dim, from_dim: as there.
+      split: mesh axes that divide the payload; None where nothing is sent.
+    """
+
+    kind: str
+    axes: tuple[str, ...]
+    dim: int = -1
+    from_dim: int = -1
+    split: tuple[str, ...] | None = None
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def plan_moves(
+    source: ShardingSpec, target: ShardingSpec, names: tuple[str, ...]
+) -> tuple[Move, ...]:
+    """What `plan_reshard` does on every mesh with axes of these names."""
+    return () if source == target else tuple(_Planner(source, target, names).run())
 
 
 class _Planner:
-    def __init__(self, source: ShardingSpec, target: ShardingSpec, mesh: Mesh) -> None:
-        self.mesh = mesh
+    def __init__(self, source: ShardingSpec, target: ShardingSpec, names: tuple[str, ...]) -> None:
+        self.names = names
         self.dims = [list(axes) for axes in source.dims]
         self.goal = [list(axes) for axes in target.dims]
         self.keep = [_common_prefix(a, b) for a, b in zip(self.dims, self.goal, strict=True)]
         self.pending = [a for a in source.partial if a not in target.partial]
         self.to_mask = tuple(a for a in target.partial if a not in source.partial)
-        self.steps: list[ReshardStep] = []
+        self.steps: list[Move] = []
 
-    def run(self) -> list[ReshardStep]:
+    def run(self) -> list[Move]:
         while True:
             if not (self.push_free() or self.exchange()):
                 if self.pending:
@@ -79,13 +107,13 @@ class _Planner:
                 elif not self.gather():
                     break
         if self.to_mask:
-            self.steps.append(ReshardStep(MASK, self.to_mask))
+            self.steps.append(Move(MASK, self.to_mask))
         assert self.dims == self.goal, (self.dims, self.goal)
         return self.steps
 
-    def fraction(self) -> float:
-        """Local bytes over global bytes, now."""
-        return 1.0 / self.mesh.size(axis for axes in self.dims for axis in axes)
+    def split(self) -> tuple[str, ...]:
+        """The axes that split the array now."""
+        return tuple(axis for axes in self.dims for axis in axes)
 
     def next_push(self, dim: int) -> str | None:
         """The axis to append to a dim, once nothing is left to remove from it."""
@@ -106,8 +134,8 @@ class _Planner:
                 if axis is None or axis in used or (axis in self.pending) != scatter:
                     continue
                 kind = REDUCE_SCATTER if scatter else SLICE
-                share = self.fraction() if scatter else 0.0
-                self.steps.append(ReshardStep(kind, (axis,), dim, payload_fraction=share))
+                split = self.split() if scatter else None
+                self.steps.append(Move(kind, (axis,), dim, split=split))
                 if scatter:
                     self.pending.remove(axis)
                 self.dims[dim].append(axis)
@@ -127,17 +155,16 @@ class _Planner:
                     moved = axes[start:]
                     have = len(self.dims[dim])
                     if self.goal[dim][have : have + len(moved)] == moved:
-                        share = self.fraction()
+                        step = Move(ALL_TO_ALL, tuple(moved), dim, source, self.split())
                         del axes[start:]
                         self.dims[dim].extend(moved)
-                        step = ReshardStep(ALL_TO_ALL, tuple(moved), dim, source, share)
                         self.steps.append(step)
                         return True
         return False
 
     def all_reduce(self) -> None:
-        axes = tuple(a for a in self.mesh.names if a in self.pending)
-        self.steps.append(ReshardStep(ALL_REDUCE, axes, payload_fraction=self.fraction()))
+        axes = tuple(a for a in self.names if a in self.pending)
+        self.steps.append(Move(ALL_REDUCE, axes, split=self.split()))
         self.pending = []
 
     def gather(self) -> bool:
@@ -148,8 +175,7 @@ class _Planner:
             removed = [axes.pop()]
             while len(axes) > self.keep[dim] and not self.wanted_elsewhere(axes[-1], dim):
                 removed.insert(0, axes.pop())
-            share = self.fraction()
-            self.steps.append(ReshardStep(ALL_GATHER, tuple(removed), dim, payload_fraction=share))
+            self.steps.append(Move(ALL_GATHER, tuple(removed), dim, split=self.split()))
             return True
         return False
 

@@ -63,13 +63,22 @@ class StrategySet:
         matters = {*layout.dims, *layout.partial}
         if layout.follows_partial:
             matters.add(PARTIAL)
-        spec = functools.cache(lambda assignment: layout_spec(layout, assignment, mesh))
-        return [spec(tuple(f if f in matters else NONE for f in a)) for a in self.assignments]
+        names = mesh.names
+        return [
+            layout_spec(layout, tuple(f if f in matters else NONE for f in a), names)
+            for a in self.assignments
+        ]
 
 
-def layout_spec(layout: Layout, assignment: Assignment, mesh: Mesh) -> ShardingSpec:
-    """Spec of a value laid out by `layout` under one strategy."""
-    names = mesh.names
+@functools.lru_cache(maxsize=1 << 16)
+def layout_spec(layout: Layout, assignment: Assignment, names: tuple[str, ...]) -> ShardingSpec:
+    """Spec of a value laid out by `layout` under one strategy.
+
+    Args:
+      layout: how it depends on the strategy.
+      assignment: the strategy.
+      names: of the mesh axes.
+    """
     dims = tuple(
         ()
         if factor == NONE

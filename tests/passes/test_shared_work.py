@@ -47,7 +47,7 @@ def test_specs_and_divisors_of_strategies(inputs, strategies):
     for op in c.ops:
         found = strategies[inputs.classes[c.node_of[op.id]]]
         for layout in {*c.operand_layouts[op.id], *c.result_layouts[op.id]}:
-            each = [layout_spec(layout, a, MESH) for a in found.assignments]
+            each = [layout_spec(layout, a, MESH.names) for a in found.assignments]
             assert found.specs(MESH, layout) == each
             expected = [
                 math.prod(
@@ -68,8 +68,8 @@ def test_specs_of_decisions(inputs, strategies):
     for op in c.ops:
         own = chosen[inputs.classes[c.node_of[op.id]]]
         ins, outs = c.operand_layouts[op.id], c.result_layouts[op.id]
-        assert decisions.operand_specs[op.id] == tuple(layout_spec(x, own, MESH) for x in ins)
-        assert decisions.result_specs[op.id] == tuple(layout_spec(x, own, MESH) for x in outs)
+        assert decisions.operand_specs[op.id] == tuple(layout_spec(x, own, MESH.names) for x in ins)
+        assert decisions.result_specs[op.id] == tuple(layout_spec(x, own, MESH.names) for x in outs)
         sums = tuple((resolved_axes(x, own, MESH), x.combine) for x in outs)
         assert decisions.resolved[op.id] == sums
 
@@ -86,8 +86,8 @@ def test_prices_of_pairs(inputs, strategies):
         use = use_work(c, inputs.classes, op, position)
         if use.u == use.v:
             continue
-        source = layout_spec(use.source, strategies[use.u].assignments[choice[use.u]], MESH)
-        target = layout_spec(use.target, strategies[use.v].assignments[choice[use.v]], MESH)
+        source = layout_spec(use.source, strategies[use.u].assignments[choice[use.u]], MESH.names)
+        target = layout_spec(use.target, strategies[use.v].assignments[choice[use.v]], MESH.names)
         seconds = use.weight * sum(
             prices.collective_s(step.kind, step.payload_fraction * use.num_bytes, step.axes)
             for step in plan_reshard(source, target, MESH)
