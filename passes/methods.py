@@ -283,8 +283,8 @@ def _check_mesh_shape(shape: Any) -> None:
         raise ValueError(f"mesh_shape {shape!r}: axis names must be identifiers")
 
 
-def batch_factors(contraction: Contraction) -> list[frozenset[int]]:
-    """Node factors that stem from dim 0 of the batch, per node."""
+def batch_factors(contraction: Contraction, dim: int = 0) -> list[frozenset[int]]:
+    """Node factors that stem from one dim of the batch, per node: 0 examples, 1 often tokens."""
     c = contraction
     reads: dict[tuple[int, int], set[tuple[int, int]]] = defaultdict(set)
     for op, position in c.uses:
@@ -295,9 +295,9 @@ def batch_factors(contraction: Contraction) -> list[frozenset[int]]:
             if a != NONE and b != NONE:
                 reads[c.node_of[producer.id], a].add((c.node_of[op.id], b))
     todo = [
-        (c.node_of[op.id], c.result_layouts[op.id][0].dims[0])
+        (c.node_of[op.id], c.result_layouts[op.id][0].dims[dim])
         for op in c.ops
-        if op.kind == "batch" and c.result_layouts[op.id][0].dims
+        if op.kind == "batch" and len(c.result_layouts[op.id][0].dims) > dim
     ]
     found: list[set[int]] = [set() for _ in c.nodes]
     while todo:

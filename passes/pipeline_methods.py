@@ -8,12 +8,14 @@ from typing import Literal
 
 import numpy as np
 
+from alpa_lite.ir.flops import is_matmul
 from alpa_lite.ir.sharding import Mesh
-from alpa_lite.passes.decision_graph import Contraction
+from alpa_lite.passes.decision_graph import NONE, Contraction
 from alpa_lite.passes.methods import Method, batch_factors
 from alpa_lite.passes.schedules import schedule_name
 from alpa_lite.passes.schedules.registry import check_shape
 from alpa_lite.passes.strategies import StrategySet
+from alpa_lite.passes.zero import STAGES, restrict_state
 
 # How the forward pass of a layer is differentiated: what is kept for the backward pass.
 NO_REMAT = "none"
@@ -88,16 +90,24 @@ class ThreeDParallel(PipelineMethod):
 
     Attributes:
       dp, tp, pp: sizes.
+      zero: what is split over `dp` besides the batch: 0 nothing, 1 the optimizer state, 2 also the
+        gradients, 3 also the parameters (FSDP); searched if None.
+      split_weights: whether matrix products must be split over `tp` by their weights or heads, as
+        in Megatron-LM, and never by tokens (dim 1 of the batch).
     """
 
     dp: int
     tp: int
     pp: int
+    zero: int | None = None
+    split_weights: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("dp", "tp", "pp"):
             _check_count(name, getattr(self, name))
+        if self.zero is not None and (isinstance(self.zero, bool) or self.zero not in STAGES):
+            raise ValueError(f"zero must be 0, 1, 2, 3 or None, found {self.zero!r}")
         if self.num_microbatches == "auto":
             object.__setattr__(self, "num_microbatches", max(1, 2 * self.pp))
         if self.schedule != "auto":
@@ -124,7 +134,31 @@ class ThreeDParallel(PipelineMethod):
                 )
                 if (masks[cls] & fits).any():
                     masks[cls] &= fits
+        if self.split_weights:
+            self._keep_tokens_whole(masks, contraction, classes, strategies, mesh)
+        if self.zero is not None:
+            restrict_state(
+                masks, contraction, classes, strategies, mesh, axis="dp", stage=self.zero
+            )
         return masks
+
+    def _keep_tokens_whole(
+        self, masks: Sequence[np.ndarray], contraction: Contraction, classes: Sequence[int],
+        strategies: Sequence[StrategySet], mesh: Mesh,
+    ) -> None:  # fmt: skip
+        """Forbid, in place, matrix products that axis `tp` splits by tokens or repeats."""
+        if "tp" not in mesh.names:
+            return
+        position = mesh.names.index("tp")
+        tokens = batch_factors(contraction, 1)
+        for node in contraction.nodes:
+            if not any(is_matmul(contraction.ops[i].name) for i in node.ops):
+                continue
+            cls = classes[node.id]
+            on_axis = [assignment[position] for assignment in strategies[cls].assignments]
+            whole = np.array([f not in tokens[node.id] and f != NONE for f in on_axis])
+            if (masks[cls] & whole).any():
+                masks[cls][:] = masks[cls] & whole
 
 
 @dataclass(frozen=True)

@@ -59,9 +59,12 @@ def _llama(name: str, c: LlamaConfig) -> TransformerShape:
     attention = HeadAttention(
         num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.hidden_size // c.num_heads
     )
+    mlp = DenseMLP(
+        size=c.mlp_size, gated=c.gated_mlp, activation="silu" if c.gated_mlp else "relu2"
+    )
     return TransformerShape(
         name=name, vocab_size=c.vocab_size, hidden_size=c.hidden_size,
-        blocks=(Block(count=c.num_layers, attention=attention, mlp=DenseMLP(size=c.mlp_size)),),
+        blocks=(Block(count=c.num_layers, attention=attention, mlp=mlp),),
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""Llama 2 and 3 in Flax NNX: RoPE, RMSNorm, SwiGLU, grouped-query attention.
+"""Llama 2 and 3, and Nemotron-4, in Flax NNX: RoPE, RMSNorm, grouped-query attention.
 
 The train state holds the parameters as an `nnx.State`; the step merges them with the module
 structure inside the differentiated loss, the way NNX documents it. Sizes are those of the
 released models; Llama 3.1's frequency rescaling for long contexts is left out, since it
-changes neither shapes nor costs.
+changes neither shapes nor costs, and so are Nemotron-4's LayerNorm and its rotation of only half
+the head dims.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class LlamaConfig:
         num_kv_heads: Key and value heads; divides `num_heads`.
         rope_theta: Base of the rotary frequencies.
         norm_eps: Added to the mean square in RMSNorm.
+        gated_mlp: SwiGLU; if false, two matrices with a squared ReLU between, as in Nemotron-4.
         scan_layers: Stack the blocks' parameters as `[num_layers, ...]` and scan over them.
         remat: Recompute each block in the backward pass.
         dtype: Compute dtype; parameters stay float32.
@@ -55,6 +57,7 @@ class LlamaConfig:
     num_kv_heads: int
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
+    gated_mlp: bool = True
     scan_layers: bool = False
     remat: bool = False
     dtype: str = "bfloat16"
@@ -117,6 +120,25 @@ class SwiGLU(nnx.Module):
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
 
 
+class SquaredReLU(nnx.Module):
+    """MLP without a gate: `down(relu(up(x))^2)`."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        linear = functools.partial(
+            nnx.Linear,
+            use_bias=False,
+            dtype=jnp.dtype(config.dtype),
+            kernel_init=KERNEL_INIT,
+            rngs=rngs,
+        )
+        self.up = linear(config.hidden_size, config.mlp_size)
+        self.down = linear(config.mlp_size, config.hidden_size)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps `[batch, seq, hidden]` to the same shape."""
+        return self.down(jnp.square(nnx.relu(self.up(x))))
+
+
 class Block(nnx.Module):
     """Pre-RMSNorm decoder block."""
 
@@ -124,7 +146,7 @@ class Block(nnx.Module):
         self.attention_norm = _norm(config, rngs)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = _norm(config, rngs)
-        self.mlp = SwiGLU(config, rngs=rngs)
+        self.mlp = (SwiGLU if config.gated_mlp else SquaredReLU)(config, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[batch, seq, hidden]` to the same shape."""
@@ -287,6 +309,20 @@ def _llama3(hidden: int, mlp: int, layers: int, heads: int) -> LlamaConfig:
     )
 
 
+def _nemotron4(hidden: int, layers: int, heads: int) -> LlamaConfig:
+    """Nemotron-4, https://arxiv.org/abs/2402.16819 and https://arxiv.org/abs/2406.11704."""
+    return LlamaConfig(
+        vocab_size=256_000,
+        seq_len=4096,
+        hidden_size=hidden,
+        mlp_size=4 * hidden,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        gated_mlp=False,
+    )
+
+
 def _test(*, scan_layers: bool) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=256,
@@ -309,6 +345,8 @@ PRESETS: Final = MappingProxyType(
         "llama3-8b": _llama3(4096, 14336, 32, 32),
         "llama3-70b": _llama3(8192, 28672, 80, 64),
         "llama3-405b": _llama3(16384, 53248, 126, 128),
+        "nemotron4-15b": _nemotron4(6144, 32, 48),
+        "nemotron4-340b": _nemotron4(18432, 96, 96),
         "llama-test": _test(scan_layers=False),
         "llama-scan-test": _test(scan_layers=True),
     }

@@ -43,6 +43,8 @@ def test_llama_count_from_its_sizes():
         ("gpt-15b", 15e9, 0.03),
         ("gpt-39b", 39e9, 0.03),
         ("gpt-175b", 175e9, 0.01),
+        ("nemotron4-15b", 15.6e9, 0.01),
+        ("nemotron4-340b", 341e9, 0.01),
         ("moe-380m", 380e6, 0.03),
         ("moe-690m", 690e6, 0.03),
         ("moe-1.3b", 1.3e9, 0.04),
