@@ -161,17 +161,7 @@ def profile_memory(
 ) -> MemoryProfile:  # fmt: skip
     """Exact bytes over time once every spec is chosen, re-laid-out operands included."""
     c = contraction
-    specs: list[ShardingSpec | None] = [None] * len(c.values)
-    for op in c.ops:
-        for value, spec in zip(op.results, result_specs[op.id], strict=True):
-            specs[value] = spec
-    num_shards = functools.cache(lambda spec: spec.num_shards(mesh))
-    sizes = np.array(
-        [
-            0.0 if spec is None else value.num_bytes / num_shards(spec)
-            for value, spec in zip(c.values, specs, strict=True)
-        ]
-    )
+    specs, sizes = _local_sizes(c, mesh, result_specs)
     liveness = _without_idle_copies(c, liveness, specs)
     totals = _totals(liveness, sizes)
     conversions = np.zeros(len(totals))
@@ -188,21 +178,52 @@ def profile_memory(
                 )
     totals = totals + conversions
     peak = int(np.argmax(totals))
-    copies = ((liveness.start <= peak) & (peak <= liveness.end)).astype(float)
-    if liveness.loop[0] <= peak <= liveness.loop[1]:
-        copies = copies + liveness.held
-    shares = {
-        name: float((copies * sizes)[liveness.category == i].sum())
-        for i, name in enumerate(CATEGORIES)
-    }
+    held = _held(liveness, sizes, peak)
+    shares = {name: float(held[liveness.category == i].sum()) for i, name in enumerate(CATEGORIES)}
     shares[TEMPORARIES] += float(conversions[peak])
     return MemoryProfile(totals, peak, liveness.order[peak], shares, conversions)
+
+
+def held_bytes(
+    contraction: Contraction, liveness: Liveness, mesh: Mesh,
+    result_specs: Sequence[Sequence[ShardingSpec]], time: int,
+) -> np.ndarray:  # fmt: skip
+    """`[num_values]` bytes per device that every value holds at one moment.
+
+    With those of all microbatches in flight, and without re-laid-out operands.
+    """
+    specs, sizes = _local_sizes(contraction, mesh, result_specs)
+    return _held(_without_idle_copies(contraction, liveness, specs), sizes, time)
 
 
 def describe_time(op: FlatOp) -> str:
     """What a moment is called in messages."""
     scope = "" if op.op is None else _TRANSFORMS.sub("", op.op.scope).strip("/")
     return f"{op.phase}, at {scope or op.name}"
+
+
+def _local_sizes(
+    c: Contraction, mesh: Mesh, result_specs: Sequence[Sequence[ShardingSpec]]
+) -> tuple[list[ShardingSpec | None], np.ndarray]:
+    """Per value, its spec and its bytes per device."""
+    specs: list[ShardingSpec | None] = [None] * len(c.values)
+    for op in c.ops:
+        for value, spec in zip(op.results, result_specs[op.id], strict=True):
+            specs[value] = spec
+    num_shards = functools.cache(lambda spec: spec.num_shards(mesh))
+    sizes = [
+        0.0 if spec is None else value.num_bytes / num_shards(spec)
+        for value, spec in zip(c.values, specs, strict=True)
+    ]
+    return specs, np.array(sizes)
+
+
+def _held(liveness: Liveness, sizes: np.ndarray, time: int) -> np.ndarray:
+    """Bytes of every value at one moment."""
+    copies = ((liveness.start <= time) & (time <= liveness.end)).astype(float)
+    if liveness.loop[0] <= time <= liveness.loop[1]:
+        copies = copies + liveness.held
+    return copies * sizes
 
 
 def _without_idle_copies(

@@ -9,6 +9,7 @@ import typer
 from alpa_lite.cli.budget_verb import budget
 from alpa_lite.cli.compare import diff, whatif
 from alpa_lite.cli.exits import CommandGroup
+from alpa_lite.cli.explain import explain
 from alpa_lite.cli.launch import launch
 from alpa_lite.cli.listings import clusters, models
 from alpa_lite.cli.model_verb import model
@@ -43,6 +44,7 @@ def root(
 
 app.command(epilog=f"Example: {PROGRAM} plan gpt-1.3b --cluster h100:2x8 --batch-size 64")(plan)
 app.command(epilog=f"Example: {PROGRAM} show plan.json")(show)
+app.command(epilog=f"Example: {PROGRAM} explain plan.json layers.3.mlp.up")(explain)
 app.command(epilog=f"Example: {PROGRAM} diff before.json after.json")(diff)
 app.command(
     epilog=f"Example: {PROGRAM} whatif plan.json --set cluster.hosts=2 --memory-budget 40GiB"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import typer
 
 from alpa_lite.cli.configuration import Configuration, parse_pins
 from alpa_lite.cli.exits import InputError
+from alpa_lite.cli.find import find_inputs
 from alpa_lite.cli.options import (
     BudgetOption,
     JsonOption,
@@ -28,7 +27,7 @@ from alpa_lite.errors import InfeasibleError
 from alpa_lite.passes.pipeline_plan import PipelinePlan, load_plan
 from alpa_lite.passes.plan import Plan
 from alpa_lite.passes.plan_diff import describe_diff, diff_plans
-from alpa_lite.passes.plan_text import format_axes, printable
+from alpa_lite.passes.plan_text import format_axes
 
 
 def diff(
@@ -120,28 +119,3 @@ def with_pins(
     if mesh is None or "=" not in mesh:
         mesh = format_axes(plan.mesh.axes).replace(" ", "")
     return replace(wanted, pins=found, mesh=mesh)
-
-
-def find_inputs(text: str, plan: Plan) -> list[str]:
-    """The inputs that a user means: a path, a shell pattern, or a part of a path.
-
-    Of the inputs that have such a part, those under `params` are meant, if there are any: the
-    moments of an optimizer have the same paths below theirs.
-
-    Raises:
-      InputError: there is none.
-    """
-    names = list(plan.inputs)
-    if text in names:
-        return [text]
-    found = [name for name in names if fnmatch.fnmatchcase(name, text)]
-    if not found:
-        found = [name for name in names if f".{text}." in f".{name}."]
-        found = [name for name in found if ".params." in f".{name}."] or found
-    if not found:
-        close = difflib.get_close_matches(text, names, n=3, cutoff=0.5) or names[:3]
-        raise InputError(
-            f"{printable(text)!r} is no input of the plan and no part of one; "
-            f"inputs are, for example, {', '.join(map(printable, close))}"
-        )
-    return found
