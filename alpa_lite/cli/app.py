@@ -8,6 +8,7 @@ import typer
 
 from alpa_lite.cli.budget_verb import budget
 from alpa_lite.cli.compare import diff, whatif
+from alpa_lite.cli.doctor import doctor
 from alpa_lite.cli.exits import CommandGroup
 from alpa_lite.cli.explain import explain
 from alpa_lite.cli.launch import launch
@@ -61,6 +62,7 @@ app.command(
 )(budget)
 app.command(epilog=f"Example: {PROGRAM} models")(models)
 app.command(epilog=f"Example: {PROGRAM} clusters --json")(clusters)
+app.command(epilog=f"Example: {PROGRAM} doctor")(doctor)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 from alpa_lite.errors import InfeasibleError, PlanError, SolverTimeoutError
 from alpa_lite.version import __version__
 
-VERBS = ("plan", "show", "explain", "diff", "whatif", "simulate", "train", "launch", "models", "clusters")
+VERBS = "plan show explain diff whatif simulate train launch models clusters doctor".split()
 OWN = ("plan", "tests.cli.own_steps:linear", "--cluster", "h100:8")
 
 
