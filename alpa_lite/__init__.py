@@ -27,6 +27,7 @@ from alpa_lite.passes.rules import register_sharding_rule as register_sharding_r
 from alpa_lite.runtime.calibrate import calibrate as calibrate
 from alpa_lite.runtime.fetch import fetch as fetch
 from alpa_lite.runtime.group import distributed_initialize as distributed_initialize
+from alpa_lite.runtime.kernels.flash import flash_attention as flash_attention
 from alpa_lite.runtime.metrics import StepMetrics as StepMetrics
 from alpa_lite.runtime.metrics import profile_step as profile_step
 from alpa_lite.runtime.trace import write_trace as write_trace

@@ -344,3 +344,95 @@ def distributed_process() -> tuple[int, int, str] | None:
     if state.client is None:
         return None
     return state.process_id, state.num_processes, state.coordinator_address or ""
+
+
+def like(aval: Any, shape: Sequence[int], dtype: Any, dims: Sequence[int | None]) -> Any:
+    """The abstract value of a result whose dims are split as those of an operand.
+
+    Args:
+      aval: of the operand.
+      shape: of the result.
+      dtype: of the result.
+      dims: the dim of the operand that each dim of the result takes after; None for an unsplit one.
+    """
+    spec = aval.sharding.spec
+    parts = [None if dim is None else spec[dim] for dim in dims]
+    sharding = aval.sharding.update(spec=spec.update(partitions=parts))
+    return aval.update(shape=tuple(shape), dtype=jax.numpy.dtype(dtype), sharding=sharding)
+
+
+def vary_alike(*operands: Any) -> list[Any]:
+    """The operands, each varying over every manual mesh axis that one of them varies over.
+
+    What primitives of JAX do to their operands within `jax.shard_map`.
+    """
+    varying = [jax.typeof(x).manual_axis_type.varying for x in operands]
+    union = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(union - axes), to="varying") if union - axes else x
+        for x, axes in zip(operands, varying, strict=True)
+    ]
+
+
+def lower_unmapped(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A lowering rule that traces `function` as if outside of any mesh.
+
+    For a primitive that is local: its function need not say over which axes its values vary.
+    """
+    rule = mlir.lower_fun(function, multiple_results=True)
+
+    def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+        bare = [jax.core.ShapedArray(a.shape, a.dtype) for a in ctx.avals_in]
+        return rule(ctx.replace(avals_in=bare), *operands, **params)
+
+    return lower
+
+
+# Mosaic GPU, which `alpa_lite.runtime.kernels` imports when a kernel is lowered and not before.
+
+
+def load_with_layout(ref: Any, layout: Any, optimized: bool = True) -> Any:
+    """`plgpu.load` of a whole reference; jax 0.10 wants to be told which part."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    index: tuple[Any, ...] = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def transposed_ref(ref: Any) -> Any:
+    """A reference to shared memory with its two dims exchanged."""
+    if hasattr(ref, "transpose"):
+        return ref.transpose((1, 0))
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.transpose_ref(ref, (1, 0))
+
+
+def gpu_interpreter(detect_races: bool) -> Any:
+    """What `plgpu.kernel(interpret=...)` takes to run a kernel on CPU, threads and barriers too."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+    return InterpretGPUParams(detect_races=detect_races)
+
+
+def gpu_interpreter_found_races() -> bool:
+    """Whether the last interpreted kernel had a data race; needs `detect_races`."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    return bool(interpret_pallas_call.get_races().races_found)
+
+
+def triton_or_interpreted(interpret: bool) -> dict[str, Any]:
+    """Arguments of `pl.pallas_call` for a kernel of Triton's kind; without them JAX uses Mosaic."""
+    if interpret:
+        return {"interpret": True}
+    from jax.experimental.pallas import triton
+
+    return {"compiler_params": triton.CompilerParams()}
+
+
+def lowering_semantics(name: str) -> Any:
+    """`Lane` or `Warpgroup`: how a Mosaic kernel is lowered; JAX's default changed in 0.11."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    return plgpu.LoweringSemantics[name]
