@@ -109,7 +109,7 @@ def plan_step(
       StepError: the step does not keep the contract.
       PlanError: a prescribed mesh or pin is impossible.
     """
-    with _paused_garbage_collection():
+    with paused_garbage_collection():
         return _plan_step(call, method, cluster, table, progress or (lambda what, done: None))
 
 
@@ -188,7 +188,7 @@ def _best_mesh(
 
 
 @contextlib.contextmanager
-def _paused_garbage_collection() -> Iterator[None]:
+def paused_garbage_collection() -> Iterator[None]:
     """Planning makes many small lasting objects and no cycles; collecting costs a quarter more."""
     enabled = gc.isenabled()
     gc.disable()

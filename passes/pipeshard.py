@@ -18,14 +18,16 @@ Everything after the second line is `stages.realise`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError, SolverTimeoutError, StepError
-from alpa_lite.passes.pipeline import Progress, StepArgs
+from alpa_lite.passes.pipeline import Progress, StepArgs, paused_garbage_collection
 from alpa_lite.passes.pipeline_methods import (
+    REMAT_POLICIES,
     ManualPipeline,
     PipelineMethod,
     PipeshardParallel,
@@ -33,6 +35,7 @@ from alpa_lite.passes.pipeline_methods import (
 )
 from alpa_lite.passes.pipeline_plan import PipelineAlternative
 from alpa_lite.passes.rules import RuleTable
+from alpa_lite.passes.schedules import make_schedule, simulate
 from alpa_lite.passes.stages.given_spec import grid_spec, manual_spec
 from alpa_lite.passes.stages.grid_search import (
     SEARCHED_SCHEDULES,
@@ -50,6 +53,9 @@ from alpa_lite.passes.stages.spec import PipelineSpec
 # layers one by one.
 _MEMORY_SHARES = (0.98, 0.93, 0.85, 0.75, 0.6)
 
+# A proposal for less memory, or another schedule, is planned if it looks better by this much.
+_WORTH = 0.99
+
 # Proposals are planned if their estimate is within this factor of the best one's.
 _CLOSE = 1.05
 
@@ -65,7 +71,13 @@ def plan_pipeline(
       StepError: the step cannot be cut into stages or microbatches.
       PlanError: the method asks for more devices than there are, or for other layers than found.
     """
-    report = progress or (lambda what, done: None)
+    with paused_garbage_collection():
+        return _plan_pipeline(call, method, cluster, table, progress or _silent)
+
+
+def _plan_pipeline(
+    call: StepArgs, method: PipelineMethod, cluster: Cluster, table: RuleTable, report: Progress
+) -> PlannedPipeline:
     started = time.monotonic()
     report(f"tracing {call.name}", 0.0)
     if isinstance(method, ThreeDParallel):
@@ -143,9 +155,15 @@ class _Planner:
         search.run()
         for share in _MEMORY_SHARES:
             proposals = search.proposals(share)
-            if not proposals or self.plan(proposals[0].source, proposals[0].spec) is None:
+            best_s = math.inf if self.best is None else self.best.plan.predicted.step_s
+            if self.best is not None and self.spent > 1:
+                break
+            if not proposals or proposals[0].estimate_s > _WORTH * best_s:
                 continue
             first = proposals[0]
+            found = self.plan(first.source, first.spec)
+            if found is None or found.stages != first.spec.stages:
+                continue  # some stages were a little too large: less memory may be better used
             for proposal in proposals[1:]:
                 if self.spent < 1 and proposal.estimate_s < _CLOSE * first.estimate_s:
                     self.plan(proposal.source, proposal.spec)
@@ -162,13 +180,22 @@ class _Planner:
                 self.plan(virtual.source, virtual.spec)
 
     def try_schedules(self) -> None:
-        """Plan the best pipeline with other schedules, if none is prescribed."""
+        """Plan the best pipeline with other schedules that may be faster, if none is prescribed."""
         if self.best is None or self.method.schedule != "auto":
             return
         source, spec = self.best.source, spec_of(self.best.plan)
-        for schedule in SEARCHED_SCHEDULES[1:] if len(spec.stages) > 1 else ():
-            if self.spent < 1:
-                self.plan(source, replace(spec, schedule=schedule))
+        times, others = self.best.times, SEARCHED_SCHEDULES[1:] if len(spec.stages) > 1 else ()
+        for schedule in others:
+            tried = replace(spec, schedule=schedule)
+            tasks = make_schedule(schedule, spec.num_meshes, spec.num_microbatches)
+            least_s = simulate(tasks, times).step_s
+            if least_s > _WORTH * self.best.plan.predicted.step_s:
+                reason = f"takes {least_s:.4g} s even if its stages are as fast"
+                self.tried.append(
+                    PipelineAlternative(description=str(tried), step_s=None, reason=reason)
+                )
+            elif self.spent < 1:
+                self.plan(source, tried)
 
     def try_equal(self, num_layers: int) -> None:
         """Plan pipelines of equal stages of a scan over so many layers."""
@@ -186,30 +213,44 @@ class _Planner:
                 sources[key] = layer_step(
                     self.call, key[0], self.method.layer_num, stages, self.table
                 )
-            step_s = self.plan(sources[key], candidate.spec(sources[key].graph.flops))
-            if step_s is not None:
+            spec = candidate.spec(sources[key].graph.flops)
+            if self.plan(sources[key], spec, may_recompute=False) is not None:
+                step_s = self.tried[-1].step_s
+                assert step_s is not None
                 fits.add(shape)
                 if step_s > latest_s.get(stages, step_s):
                     settled.add(stages)
                 latest_s[stages] = step_s
         self.try_schedules()
 
-    def plan(self, source: LayeredStep, spec: PipelineSpec) -> float | None:
-        """Predicted seconds per step; None if it does not fit."""
-        step_s, reason = None, ""
+    def plan(
+        self, source: LayeredStep, spec: PipelineSpec, may_recompute: bool = True
+    ) -> PipelineSpec | None:
+        """The pipeline that was planned; None if it does not fit.
+
+        Args:
+          source: the step.
+          spec: the pipeline.
+          may_recompute: whether stages that do not fit may rematerialise more.
+        """
+        step_s, reason, made = None, "", None
         self.report(f"planning {spec}", min(0.99, self.spent))
+        remats = REMAT_POLICIES if may_recompute and self.method.remat == "auto" else ()
         try:
             found = realise(
                 self.call.name, source, spec, self.method, self.cluster, self.table, _silent,
-                self.known,
+                self.known, remats,
             )  # fmt: skip
-            step_s = found.plan.predicted.step_s
+            made, step_s = spec_of(found.plan), found.plan.predicted.step_s
             if self.best is None or step_s < self.best.plan.predicted.step_s:
                 self.best = found
         except (InfeasibleError, SolverTimeoutError) as error:
             self.failure, reason = self.failure or error, str(error)
-        self.tried.append(PipelineAlternative(description=str(spec), step_s=step_s, reason=reason))
-        return step_s
+        description = str(made or spec)
+        self.tried.append(
+            PipelineAlternative(description=description, step_s=step_s, reason=reason)
+        )
+        return made
 
 
 def _silent(what: str, done: float) -> None:

@@ -100,6 +100,15 @@ def predict(
     )
 
 
+def with_memory(plan: Plan, contraction: Contraction, profile: MemoryProfile) -> Plan:
+    """The plan with the memory of another profile."""
+    predicted = replace(
+        plan.predicted, memory_bytes=dict(profile.by_category), peak_bytes=profile.peak_bytes,
+        peak_at=describe_time(contraction.ops[profile.peak_op]),
+    )  # fmt: skip
+    return replace(plan, predicted=predicted)
+
+
 def input_specs(decisions: Decisions) -> dict[str, ShardingSpec]:
     """Spec of every input leaf, by path."""
     return {

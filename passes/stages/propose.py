@@ -1,13 +1,14 @@
 """The search for stages: which pipelines are worth planning whole.
 
     trace      step at a number of microbatches  -> LayeredStep     source
-    price      kinds of layers, on all submeshes -> LayerCosts      layer_costs
+    price      kinds of layers, on submeshes     -> LayerCosts      priced_counts, layer_costs
     tabulate   all ranges of layers              -> StageTables     stage_tables
     solve      stages, submeshes, options        -> Proposal        inter_op
 
 Numbers of microbatches are priced one after the other: first a middling one, then the one that
-looks best by what has been priced, until the best is one of those priced. Ctrl-C and the end of
-the time budget leave what has been priced so far.
+looks best by what has been priced, until the best is one of those priced. So are submeshes: from a
+middling size on, until the best stages have neither the largest nor the smallest. Ctrl-C and the
+end of the time budget leave what has been priced so far.
 """
 
 from __future__ import annotations
@@ -18,15 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from alpa_lite.cost_model import Cluster
-from alpa_lite.errors import InfeasibleError, PlanError, SolverTimeoutError, StepError
+from alpa_lite.errors import InfeasibleError, SolverTimeoutError, StepError
 from alpa_lite.ir.trace import TracedStep
 from alpa_lite.passes.inter_op import (
     Stage,
     StageProblem,
-    Submesh,
     gpipe_in_flight,
     one_f_one_b_in_flight,
     solve_interleaved,
@@ -40,29 +38,18 @@ from alpa_lite.passes.schedules import SCHEDULES
 from alpa_lite.passes.schedules.registry import check_shape
 from alpa_lite.passes.stages.given_spec import balanced_stages
 from alpa_lite.passes.stages.grid_search import equal_submesh
-from alpa_lite.passes.stages.layer_costs import LayerPricer
-from alpa_lite.passes.stages.parts import split_parts
-from alpa_lite.passes.stages.search_space import (
-    batch_size,
-    first_count,
-    mesh_shapes,
-    microbatch_counts,
-    offered_submeshes,
-)
-from alpa_lite.passes.stages.source import LayeredStep, layer_step
+from alpa_lite.passes.stages.priced_counts import Priced, PricedCounts
+from alpa_lite.passes.stages.search_space import batch_size, first_count, microbatch_counts
+from alpa_lite.passes.stages.source import LayeredStep
 from alpa_lite.passes.stages.spec import PipelineSpec, StageSpec
-from alpa_lite.passes.stages.stage_tables import StageTables, costs_at, crossing, stage_tables
-from alpa_lite.passes.step_contract import batch_positions
+from alpa_lite.passes.stages.stage_tables import StageTables, costs_at, stage_tables
 from alpa_lite.passes.units import format_bytes
-
-# The share of the time budget after which nothing more is priced: the rest is for planning whole.
-_PRICING_SHARE = 0.45
-
-# Numbers of microbatches that are priced at most.
-_MAX_PRICED = 4
 
 # Another number is priced if it looks better than the best by this share.
 _WORTH = 0.01
+
+# Numbers of microbatches are compared with those up to this many times larger or smaller.
+_NEAR = 4
 
 # The stage program need not be solved closer than the prices are.
 _GAP = 0.005
@@ -85,20 +72,10 @@ class Proposal:
     estimate_s: float
 
 
-@dataclass(slots=True, eq=False)
-class _Priced:
-    """One number of microbatches."""
-
-    source: LayeredStep
-    pricer: LayerPricer
-    crossing: tuple[np.ndarray, np.ndarray]
-
-
 class StageSearch:
     """Proposes pipelines for a step on a cluster.
 
     Attributes:
-      notes: what the user should know.
       gap: relative distance of the best proposal to the best stages by the prices of layers.
     """
 
@@ -116,17 +93,26 @@ class StageSearch:
           table: sharding rules found so far.
           report: called with what is being done and the fraction done.
         """
-        self.call, self.method, self.cluster, self.table = call, method, cluster, table
-        self.report = report
+        self.call, self.method, self.cluster, self.report = call, method, cluster, report
         self.started = time.monotonic()
-        self.notes: list[str] = []
         self.gap = 0.0
-        self.whole = whole
         self.schedule = "1f1b" if method.schedule == "auto" else method.schedule
         self.remats = REMAT_POLICIES if method.remat == "auto" else (method.remat,)
         self.counts = microbatch_counts(call, method)
-        self.priced: dict[int, _Priced] = {}
-        self.is_stopped = False
+        self.layers = PricedCounts(
+            call, whole, method, cluster, table, report, self.remats, len(self.counts) > 1
+        )
+        self.solved: dict[tuple[object, ...], tuple[tuple[Stage, ...], float]] = {}
+
+    @property
+    def priced(self) -> dict[int, Priced]:
+        """What has been priced, by number of microbatches."""
+        return self.layers.priced
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know."""
+        return self.layers.not_priced()
 
     @property
     def budget_bytes(self) -> float:
@@ -134,7 +120,7 @@ class StageSearch:
         return float(self.method.memory_budget_bytes or self.cluster.usable_hbm_bytes)
 
     def run(self) -> None:
-        """Price numbers of microbatches until the best is one of those priced.
+        """Price numbers of microbatches and submeshes until the best are among those priced.
 
         Raises:
           InfeasibleError: the state does not fit even if it is split over all devices.
@@ -143,15 +129,18 @@ class StageSearch:
         """
         self._price_first()
         self._check_state()
-        while not self.is_stopped and self._has_time():
-            best_s, _ = min(self._estimate(n) for n in self.priced)
-            others = [self._estimate(n) for n in self.counts if n not in self.priced]
-            other_s, count = min(others, default=(math.inf, 0))
-            if others and math.isinf(best_s) and math.isinf(other_s):
-                other_s, count = 0.0, max(n for _, n in others)  # small microbatches need least
-            if other_s >= best_s * (1 - _WORTH):
+        while True:
+            best_s, count = min(self._estimate(n) for n in self.priced)
+            submeshes = self.priced[count].pricer.submeshes
+            stages, _ = self._best(count, 1.0)
+            if self.layers.widen(count, [submeshes[s.submesh] for s in stages]):
+                continue
+            other_s, other = min(map(self._estimate, self._near(count)), default=(math.inf, 0))
+            if other and math.isinf(best_s) and math.isinf(other_s):
+                other_s, other = 0.0, max(self._near(count))  # small microbatches need least
+            if other_s >= best_s * (1 - _WORTH) or not self.layers.has_time():
                 break
-            self._price(count)
+            self.layers.price(other)
 
     def proposals(self, memory_share: float) -> list[Proposal]:
         """The best proposals that use so much of the memory budget."""
@@ -195,88 +184,20 @@ class StageSearch:
     def _price_first(self) -> None:
         """Price the first number of microbatches; one, if there can be no others."""
         try:
-            self._price(first_count(self.counts, batch_size(self.call), self.cluster))
+            self.layers.price(first_count(self.counts, batch_size(self.call), self.cluster))
         except StepError:
             if self.method.num_microbatches != "auto" or self.counts == (1,):
                 raise
             self.counts = (1,)
-            self._price(1)
+            self.layers.price(1)
 
-    def _price(self, count: int) -> None:
-        """Price all layers at one number of microbatches."""
-        self.report(f"tracing for {count} microbatches", 0.0)
-        source = layer_step(
-            self.call, count, self.method.layer_num, table=self.table, full_batch=self.whole
-        )
-        self._check_stages(source.graph.num_layers)
-        pricer = LayerPricer(
-            source, self.method, self.cluster, self.table, self.remats, self._at_once(source)
-        )
-        deadline_s = self.started + _PRICING_SHARE * self.method.time_limit_s
-        submeshes = self._submeshes(source.graph.num_layers)
-        for number, submesh in enumerate(submeshes):
-            self.report(
-                f"pricing layers on {submesh} for {count} microbatches",
-                0.6 * number / len(submeshes),
-            )
-            try:
-                in_time = pricer.price(submesh, deadline_s)
-            except KeyboardInterrupt:
-                if not pricer.submeshes and not self.priced:
-                    raise
-                self._stop("Ctrl-C", count, submeshes[number:])
-                break
-            if not in_time:
-                self._stop("its time limit", count, submeshes[number:])
-                break
-        if pricer.submeshes:
-            self.priced[count] = _Priced(source, pricer, crossing(pricer.cut))
-        if not self.priced:
-            raise SolverTimeoutError("the layers could not be priced in time. Raise time_limit_s.")
-
-    def _submeshes(self, num_layers: int) -> list[Submesh]:
-        """The submeshes to price: those that can have a logical mesh."""
-        found = [
-            submesh
-            for submesh in offered_submeshes(self.cluster, num_layers)
-            if mesh_shapes(self.method, self.cluster, submesh)
+    def _near(self, count: int) -> list[int]:
+        """Numbers of microbatches like this one that are not priced."""
+        return [
+            n
+            for n in self.counts
+            if n not in self.priced and count <= _NEAR * n <= _NEAR**2 * count
         ]
-        if not found:
-            raise PlanError(
-                f"no submesh that a stage can have on {self.cluster.name} has the devices of "
-                f"mesh_shape {self.method.mesh_shape}. Change it, or leave it out."
-            )
-        return found
-
-    def _at_once(self, source: LayeredStep) -> LayeredStep | None:
-        """The step with the whole batch as one microbatch, with the same layers."""
-        traced, closed = self.whole
-        if len(self.counts) == 1 or source.num_microbatches == 1:
-            return None
-        parts = split_parts(closed, batch_positions(traced, self.call.batch_argnums))
-        pairs = zip(parts.loop, source.parts.loop, strict=False)
-        alike = len(parts.loop) == len(source.parts.loop)
-        if not alike or any(a.primitive is not b.primitive for a, b in pairs):
-            return None
-        return replace(
-            source, traced=traced, graph=replace(source.graph, parts=parts), num_microbatches=1
-        )
-
-    def _check_stages(self, num_layers: int) -> None:
-        """Check that there can be as many stages as asked for."""
-        wanted = self.method.num_stages
-        if wanted == "auto":
-            return
-        if wanted > num_layers:
-            raise StepError(
-                f"{wanted} stages need at least as many layers; the model has {num_layers}. Use "
-                "fewer stages, or a larger layer_num."
-            )
-        if wanted > self.cluster.num_devices:
-            raise PlanError(
-                f"{wanted} stages need at least as many devices; the cluster has "
-                f"{self.cluster.num_devices}. Use fewer stages."
-            )
 
     def _check_state(self) -> None:
         """Check that all state fits if it is split over all devices."""
@@ -291,20 +212,6 @@ class StageSearch:
                 "Use more devices, an optimizer with less state, or parameters of a smaller dtype.",
                 need_bytes=need, budget_bytes=self.budget_bytes,
             )  # fmt: skip
-
-    def _stop(self, by: str, count: int, missing: Sequence[object]) -> None:
-        self.is_stopped = True
-        self.notes.append(
-            f"the search was ended by {by}: with {count} microbatches, stages on "
-            f"{', '.join(map(str, missing))} devices were not considered"
-        )
-
-    def _has_time(self) -> bool:
-        """Whether there is time to price another number of microbatches."""
-        spent = time.monotonic() - self.started
-        each = spent / max(1, len(self.priced))
-        limit = _PRICING_SHARE * self.method.time_limit_s
-        return len(self.priced) < _MAX_PRICED and spent + each < limit
 
     def _time_left_s(self) -> float:
         return max(1.0, self.started + self.method.time_limit_s - time.monotonic())
@@ -321,26 +228,28 @@ class StageSearch:
         )  # fmt: skip
 
     def _estimate(self, count: int, memory_share: float = 1.0) -> tuple[float, int]:
-        """Seconds per step of the best stages for a number of microbatches, and the number.
+        """Seconds per step of the best stages for a number of microbatches, and the number."""
+        return self._best(count, memory_share)[1], count
+
+    def _best(self, count: int, memory_share: float) -> tuple[tuple[Stage, ...], float]:
+        """The best stages for a number of microbatches, and seconds per step; none if none fit.
 
         Lean options that the best stages of a priced number choose are priced.
         """
+        near = min(self.priced, key=lambda n: abs(math.log(n / count)))
+        pricer = self.priced[near].pricer
         while True:
-            tables = self._tables(count, memory_share)
-            solved = self._solve(tables, 1)
-            if not solved:
-                return math.inf, count
-            stages, _, seconds = solved[0]
-            priced = self.priced.get(count)
-            guessed = set()
-            if priced is not None:
-                guesses = priced.pricer.guesses
-                chosen = {(s.submesh, s.option // len(self.remats)) for s in stages}
-                guessed = chosen & guesses
-            if priced is None or not guessed:
-                return seconds, count
+            key = count, memory_share, near, len(pricer.submeshes), frozenset(pricer.guesses)
+            if key not in self.solved:
+                solved = self._solve(self._tables(count, memory_share), 1)
+                self.solved[key] = (solved[0][0], solved[0][2]) if solved else ((), math.inf)
+            stages, seconds = self.solved[key]
+            chosen = {(s.submesh, s.option // len(self.remats)) for s in stages}
+            guessed = chosen & pricer.guesses if near == count else set()
+            if not guessed:
+                return stages, seconds
             for submesh, option in guessed:
-                priced.pricer.price_lean(submesh, option)
+                pricer.price_lean(submesh, option)
 
     def _solve(
         self, tables: StageTables, num_proposals: int

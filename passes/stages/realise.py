@@ -6,52 +6,36 @@ In: a `LayeredStep` and a `PipelineSpec`, or a loaded `PipelinePlan`. Out: a `Pl
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError, PlanError
-from alpa_lite.ir.graph import graph_hash
-from alpa_lite.ir.sharding import Mesh
-from alpa_lite.passes.build import Candidate, PlanningInputs
-from alpa_lite.passes.decisions import Decisions, decide
 from alpa_lite.passes.inter_op import Placement, Submesh, place_submeshes
-from alpa_lite.passes.memory import MemoryProfile, profile_memory, with_in_flight
-from alpa_lite.passes.methods import Method
 from alpa_lite.passes.pipeline import PlannedStep, Progress, StepArgs
 from alpa_lite.passes.pipeline_methods import (
     PipelineMethod,
-    ThreeDParallel,
 )
 from alpa_lite.passes.pipeline_plan import (
     PipelinePlan,
     PipelinePredicted,
     PlannedStage,
 )
-from alpa_lite.passes.plan import Plan
-from alpa_lite.passes.pricing import Workload
-from alpa_lite.passes.report import assignments_of, make_plan, replan, versions
+from alpa_lite.passes.report import versions
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.schedules import (
-    BACKWARD,
-    BACKWARD_WEIGHT,
-    FORWARD,
     Schedule,
     TaskTimes,
     Timeline,
     make_schedule,
     simulate,
 )
-from alpa_lite.passes.stages.plan_stage import StagePlan, plan_stage, stage_inputs, subcluster
-from alpa_lite.passes.stages.source import CutStep, LayeredStep, cut_step, layer_step
+from alpa_lite.passes.stages.source import CutStep, LayeredStep, layer_step
 from alpa_lite.passes.stages.spec import PipelineSpec, StageSpec
-from alpa_lite.passes.stages.stage_cost import StageCost, phase_work, stage_cost
+from alpa_lite.passes.stages.stage_planner import LaidStage, StagePlanner
+from alpa_lite.passes.stages.stage_planner import StageCache as StageCache
 from alpa_lite.passes.stages.stage_step import StageStep
 from alpa_lite.passes.stages.transfer_cost import link_bytes, transfer_s
-
-# Stages need not be solved closer than this: which stage is the slowest matters, and its prices are
-# no better.
-_GAP = 0.005
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -66,6 +50,7 @@ class PlannedPipeline:
       steps: per stage, ports and graph.
       planned: per stage, plan and layouts.
       timeline: the simulated step; its order of tasks is the one that is run.
+      times: of its tasks and transfers.
     """
 
     plan: PipelinePlan
@@ -75,11 +60,13 @@ class PlannedPipeline:
     steps: tuple[StageStep, ...]
     planned: tuple[PlannedStep, ...]
     timeline: Timeline
+    times: TaskTimes
 
 
 def realise(
     name: str, source: LayeredStep, spec: PipelineSpec, method: PipelineMethod, cluster: Cluster,
     table: RuleTable, report: Progress, known: StageCache | None = None,
+    remats: Sequence[str] = (),
 ) -> PlannedPipeline:  # fmt: skip
     """Plan every stage of a pipeline, and simulate it.
 
@@ -92,17 +79,45 @@ def realise(
       table: sharding rules found so far.
       report: called with what is being done and the fraction done.
       known: stages planned for other pipelines of the same step and method; grows.
+      remats: policies, the one that keeps most first; a stage that does not fit gets the next one.
+
+    Raises:
+      InfeasibleError: a stage does not fit whatever is computed again.
     """
     known = known or StageCache()
     schedule, cut, meshes = lay_out(source, spec, cluster, known)
-    layouts = _StagePlanner(source, spec, schedule, cut, meshes, method, cluster, table, known)
-    stages: dict[int, _Laid] = {}
+    layouts = StagePlanner(source, spec, schedule, cut, meshes, method, cluster, table, known)
+    stages: dict[int, LaidStage] = {}
     # The best layouts with few microbatches in flight are the best with more, if they fit.
-    for done, index in enumerate(sorted(range(len(cut.cuts)), key=layouts.in_flight.__getitem__)):
-        report(f"planning stage {index} of {len(cut.cuts)}", (done + 1) / len(cut.cuts))
-        stages[index] = layouts.plan(index, name)
+    left = sorted(range(len(cut.cuts)), key=layouts.in_flight.__getitem__)
+    while left:
+        index = layouts.next_of(left)
+        report(f"planning stage {index} of {len(cut.cuts)}", len(stages) / len(cut.cuts))
+        try:
+            stages[index] = layouts.plan(index, name)
+            left.remove(index)
+        except InfeasibleError:
+            position = index % len(spec.stages)
+            remat = _next_remat(layouts.spec.stages[position].remat, remats)
+            if remat is None:
+                raise
+            layouts.spec = _with_remat(layouts.spec, position, remat)
+            left += [i for i in stages if i % len(spec.stages) == position]
+            stages = {i: laid for i, laid in stages.items() if i not in left}
     in_order = [stages[i] for i in range(len(cut.cuts))]
-    return assemble(name, source, spec, schedule, cut, meshes, in_order, method, cluster)
+    return assemble(name, source, layouts.spec, schedule, cut, meshes, in_order, method, cluster)
+
+
+def _next_remat(remat: str, remats: Sequence[str]) -> str | None:
+    """The policy that keeps less than this one; None if there is none."""
+    later = remats[remats.index(remat) + 1 :] if remat in remats else ()
+    return later[0] if later else None
+
+
+def _with_remat(spec: PipelineSpec, position: int, remat: str) -> PipelineSpec:
+    stages = list(spec.stages)
+    stages[position] = replace(stages[position], remat=remat)
+    return replace(spec, stages=tuple(stages))
 
 
 def lay_out(
@@ -141,229 +156,6 @@ def lay_out(
         return schedule, cut, place_submeshes(in_order, cluster.num_hosts, cluster.devices_per_host)
     except ValueError as error:
         raise PlanError(str(error)) from None
-
-
-def stages_in_flight(schedule: Schedule) -> tuple[int, ...]:
-    """Per stage of every pipeline, the most microbatches between forward and backward."""
-    num = schedule.num_stages
-    now: Counter[int] = Counter()
-    most: Counter[int] = Counter()
-    ends = (BACKWARD, BACKWARD_WEIGHT)
-    for tasks in schedule.tasks:
-        for task in tasks:
-            index = schedule.pipeline_of[task.microbatch] * num + task.stage
-            if task.kind == FORWARD:
-                now[index] += 1
-                most[index] = max(most[index], now[index])
-            elif task.kind in ends:
-                now[index] -= 1
-    return tuple(max(1, most[i]) for i in range(num * len(schedule.placements)))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Laid:
-    """A stage with its layouts.
-
-    Attributes:
-      step: ports and graph.
-      inputs: decision graph.
-      work: of `inputs`, by phase.
-      found: layouts, prices and memory; None if they are those of a loaded plan.
-      planned: plan and layouts.
-      cost: seconds and bytes.
-      peak_bytes: per device.
-      mesh: index of the submesh.
-      in_flight: microbatches it holds.
-    """
-
-    step: StageStep
-    inputs: PlanningInputs
-    work: Mapping[str, Workload]
-    found: Candidate | None
-    planned: PlannedStep
-    cost: StageCost
-    peak_bytes: float
-    mesh: int
-    in_flight: int
-
-
-@dataclass(slots=True, eq=False)
-class StageCache:
-    """What was worked out for other pipelines of the same step and method.
-
-    Attributes:
-      stages: planned stages by all that decides on their layouts but the microbatches in flight.
-      cuts: steps cut into stages, by source, stages and shares.
-      signatures: of stages, by cut, stage and rematerialisation.
-    """
-
-    stages: dict[tuple[object, ...], list[_Laid]] = field(default_factory=dict)
-    cuts: dict[tuple[LayeredStep, object, object], CutStep] = field(default_factory=dict)
-    signatures: dict[tuple[CutStep, int, str], str] = field(default_factory=dict)
-
-    def cut(
-        self, source: LayeredStep, stages: Sequence[Sequence[int]], shares: Sequence[float]
-    ) -> CutStep:
-        """See `cut_step`."""
-        key = source, tuple(map(tuple, stages)), tuple(shares)
-        if key not in self.cuts:
-            self.cuts[key] = cut_step(source, stages, shares)
-        return self.cuts[key]
-
-    def signature(self, cut: CutStep, index: int, remat: str) -> str:
-        """See `CutStep.signature`."""
-        key = cut, index, remat
-        if key not in self.signatures:
-            self.signatures[key] = cut.signature(index, remat)
-        return self.signatures[key]
-
-
-class _StagePlanner:
-    """Plans stages; those that are alike are planned once."""
-
-    def __init__(
-        self, source: LayeredStep, spec: PipelineSpec, schedule: Schedule, cut: CutStep,
-        meshes: Sequence[Placement], method: PipelineMethod, cluster: Cluster, table: RuleTable,
-        known: StageCache,
-    ) -> None:  # fmt: skip
-        self.source, self.spec, self.schedule, self.cut = source, spec, schedule, cut
-        self.meshes, self.method, self.cluster, self.table = meshes, method, cluster, table
-        self.in_flight = stages_in_flight(schedule)
-        self.known = known
-        homes = [m for placement in schedule.placements for m in placement]
-        self.homes = homes
-        # Stages that share a mesh share its memory.
-        self.shared = Counter(homes)
-
-    def budget_bytes(self, index: int) -> float:
-        """Memory per device that a stage may use."""
-        whole = self.method.memory_budget_bytes or self.cluster.usable_hbm_bytes
-        return float(whole) / self.shared[self.homes[index]]
-
-    def microbatches(self, index: int) -> int:
-        """Microbatches that go through a stage."""
-        pipeline = index // len(self.spec.stages)
-        return sum(p == pipeline for p in self.schedule.pipeline_of)
-
-    def plan(self, index: int, name: str, given: PlannedStage | None = None) -> _Laid:
-        """The layouts of one stage: searched, or those of a plan."""
-        stage = self.spec.stages[index % len(self.spec.stages)]
-        mesh, in_flight = self.homes[index], self.in_flight[index]
-        count = self.microbatches(index)
-        key = (
-            self.known.signature(self.cut, index, stage.remat), stage.submesh, stage.mesh_shape,
-            self.shared[mesh], count,
-        )  # fmt: skip
-        alike = self.known.stages.get(key, []) if given is None else []
-        step = self.cut.stage(index, stage.remat, alike[0].step if alike else None)
-        same = self.like(alike, index)
-        if same is not None:
-            names = step.traced.graph.input_names
-            specs = dict(zip(names, same.planned.plan.inputs.values(), strict=True))
-            plan = replace(same.planned.plan, name=f"{name}, stage {index}", inputs=specs)
-            return replace(same, step=step, planned=replace(same.planned, plan=plan), mesh=mesh)
-        if alike:
-            inputs, work = alike[0].inputs, alike[0].work
-        else:
-            submesh = stage.submesh
-            part = subcluster(self.cluster, submesh.num_hosts, submesh.devices_per_host)
-            method = replace(self.method, memory_budget_bytes=self.budget_bytes(index))
-            inputs = stage_inputs(
-                step, count, method, part, self.table, folds_keys=self.spec.num_microbatches > 1
-            )
-            work = phase_work(inputs)
-        if given is not None:
-            plan, decisions, profile = _restored(step, inputs, in_flight, given.plan)
-            cost = stage_cost(inputs, decisions, profile, in_flight, work)
-            planned = PlannedStep(plan, decisions, step.output_kinds)
-            return _Laid(
-                step, inputs, work, None, planned, cost, profile.peak_bytes, mesh, in_flight
-            )  # fmt: skip
-        found = self.search(step, inputs, stage, index).found
-        laid = _laid(f"{name}, stage {index}", step, inputs, work, found, mesh, in_flight)
-        self.known.stages.setdefault(key, []).append(laid)
-        return laid
-
-    def like(self, alike: Sequence[_Laid], index: int) -> _Laid | None:
-        """An alike stage that is planned, if its layouts are the best here too.
-
-        They are if no fewer microbatches are in flight here, and they fit: with more of them the
-        best can only be slower.
-        """
-        in_flight, budget = self.in_flight[index], self.budget_bytes(index)
-        fewer = [laid for laid in alike if laid.in_flight <= in_flight]
-        if not fewer:
-            return None
-        laid = max(fewer, key=lambda each: each.in_flight)
-        if laid.in_flight == in_flight:
-            return laid
-        assert laid.found is not None
-        c, d = laid.inputs.contraction, laid.found.decisions
-        liveness = with_in_flight(c, laid.inputs.liveness, in_flight)
-        profile = profile_memory(c, liveness, d.mesh, d.result_specs, d.operand_specs)
-        if profile.peak_bytes > budget * (1 + 1e-9):
-            return None
-        found = replace(laid.found, profile=profile)
-        return _laid(
-            laid.planned.plan.name, laid.step, laid.inputs, laid.work, found, laid.mesh, in_flight
-        )
-
-    def search(
-        self, step: StageStep, inputs: PlanningInputs, stage: StageSpec, index: int
-    ) -> StagePlan:
-        """The best layouts of a stage."""
-        meshes = None if stage.mesh_shape is None else [_mesh(self.method, stage.mesh_shape)]
-        try:
-            return plan_stage(
-                step, inputs, self.in_flight[index], meshes, self.method.time_limit_s, _GAP
-            )
-        except InfeasibleError as error:
-            raise InfeasibleError(
-                f"stage {index} of {len(self.spec.stages)} (layers {stage.layers[0]} to "
-                f"{stage.layers[-1]} on {stage.submesh} devices, {self.in_flight[index]} "
-                f"microbatches in flight): {error} More stages or rematerialisation make stages "
-                "smaller.",
-                need_bytes=error.need_bytes, budget_bytes=error.budget_bytes, row=error.row,
-                breakdown=error.breakdown,
-            ) from None  # fmt: skip
-
-
-def _laid(
-    name: str, step: StageStep, inputs: PlanningInputs, work: Mapping[str, Workload],
-    found: Candidate, mesh: int, in_flight: int,
-) -> _Laid:  # fmt: skip
-    """A stage with layouts that were found."""
-    held = with_in_flight(inputs.contraction, inputs.liveness, in_flight)
-    inputs_held = replace(inputs, liveness=held)
-    plan = make_plan(
-        name, graph_hash(step.traced.graph), inputs_held, found, (), found.wall_s
-    )  # fmt: skip
-    cost = stage_cost(inputs, found.decisions, found.profile, in_flight, work)
-    planned = PlannedStep(plan, found.decisions, step.output_kinds)
-    return _Laid(
-        step, inputs, work, found, planned, cost, found.profile.peak_bytes, mesh, in_flight
-    )
-
-
-def _mesh(method: Method, shape: Sequence[int]) -> Mesh:
-    if isinstance(method, ThreeDParallel):
-        named = tuple((n, s) for n, s in (("dp", method.dp), ("tp", method.tp)) if s > 1)
-        return Mesh(named or (("dp", 1),))
-    return Mesh(tuple((f"x{i}", n) for i, n in enumerate(shape)))
-
-
-def _restored(
-    step: StageStep, inputs: PlanningInputs, in_flight: int, plan: Plan
-) -> tuple[Plan, Decisions, MemoryProfile]:
-    """The layouts of a loaded plan."""
-    c = inputs.contraction
-    inputs = replace(inputs, liveness=with_in_flight(c, inputs.liveness, in_flight))
-    assignments, overridden = assignments_of(plan, c, inputs.classes, graph_hash(step.traced.graph))
-    decisions = decide(c, plan.mesh, assignments)
-    profile = profile_memory(
-        c, inputs.liveness, plan.mesh, decisions.result_specs, decisions.operand_specs
-    )
-    return replan(plan, inputs, decisions, overridden), decisions, profile
 
 
 def spec_of(plan: PipelinePlan) -> PipelineSpec:
@@ -406,7 +198,7 @@ def restore_pipeline(
             f"the stages of the plan {plan.name!r} are on meshes {[s.mesh for s in plan.stages]}; "
             f"schedule {plan.schedule} puts them on {homes}"
         )
-    layouts = _StagePlanner(
+    layouts = StagePlanner(
         source, spec, schedule, cut, plan.meshes, method, plan.cluster, table, known
     )
     stages = [layouts.plan(i, plan.name, given) for i, given in enumerate(plan.stages)]
@@ -423,7 +215,7 @@ def restore_pipeline(
 
 def assemble(
     name: str, source: LayeredStep, spec: PipelineSpec, schedule: Schedule, cut: CutStep,
-    meshes: tuple[Placement, ...], stages: Sequence[_Laid], method: PipelineMethod,
+    meshes: tuple[Placement, ...], stages: Sequence[LaidStage], method: PipelineMethod,
     cluster: Cluster,
 ) -> PlannedPipeline:  # fmt: skip
     """Simulate the stages under the schedule, and write the plan."""
@@ -465,12 +257,12 @@ def assemble(
     )  # fmt: skip
     return PlannedPipeline(
         plan, source, cut, schedule, tuple(s.step for s in stages),
-        tuple(s.planned for s in stages), timeline,
+        tuple(s.planned for s in stages), timeline, times,
     )  # fmt: skip
 
 
 def task_times(
-    schedule: Schedule, cut: CutStep, meshes: Sequence[Placement], stages: Sequence[_Laid],
+    schedule: Schedule, cut: CutStep, meshes: Sequence[Placement], stages: Sequence[LaidStage],
     cluster: Cluster,
 ) -> tuple[TaskTimes, float]:  # fmt: skip
     """Seconds of all tasks and transfers, and bytes sent between meshes per microbatch."""

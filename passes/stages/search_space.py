@@ -21,12 +21,20 @@ from alpa_lite.passes.stages.plan_stage import subcluster
 # More microbatches than this are not tried: what they save in bubble and memory is little.
 _MAX_MICROBATCHES = 1024
 
-# Pipelines of large models have about so many devices, 8 of a host x 16 stages, for each row.
-_DEVICES_PER_ROW = 128
+# Where a search begins: with stages of a host each, or of this share of a large cluster, and with a
+# row of a microbatch for so many of their devices.
+_STAGE_SHARE = 1 / 128
+_DEVICES_PER_ROW = 4
+
+# Up to so many submeshes are all priced from the start.
+_FEW_SUBMESHES = 4
 
 # Submeshes are not offered if stages of one layer each on them would leave all but this share of
 # the devices idle.
 _LEAST_USE = 0.2
+
+# The share of the devices that should not be idle.
+_WELL_USED = 0.9
 
 
 def microbatch_counts(call: StepArgs, method: PipeshardParallel) -> tuple[int, ...]:
@@ -48,19 +56,34 @@ def batch_size(call: StepArgs) -> int:
 
 
 def first_count(counts: Sequence[int], batch_size: int, cluster: Cluster) -> int:
-    """The count to price first: microbatches of one row for so many devices, but at least of two.
+    """The count to price first.
 
     With one row in a microbatch the dim of the batch is gone, and layouts are not those of larger
-    microbatches.
+    microbatches: the largest count comes last.
 
     Args:
       counts: to choose from, ascending.
       batch_size: rows of the batch.
       cluster: the hardware.
     """
-    rows = max(1, cluster.num_devices // _DEVICES_PER_ROW)
-    wanted = batch_size // rows
+    devices = max(cluster.devices_per_host, cluster.num_devices * _STAGE_SHARE)
+    wanted = batch_size // max(1, int(devices / _DEVICES_PER_ROW))
     return min(counts[:-1] or counts, key=lambda n: (abs(math.log(n / max(1, wanted))), n))
+
+
+def first_submeshes(offered: Sequence[Submesh], cluster: Cluster, num_stages: int) -> list[Submesh]:
+    """The submeshes to price first: around a host, or what so many stages need to use all devices.
+
+    Args:
+      offered: to choose from, smallest first.
+      cluster: the hardware.
+      num_stages: the most stages there can be.
+    """
+    if len(offered) <= _FEW_SUBMESHES:
+        return list(offered)
+    least = max(cluster.devices_per_host, cluster.num_devices * _WELL_USED / num_stages)
+    middle = next((i for i, s in enumerate(offered) if s.num_devices >= least), len(offered) - 1)
+    return list(offered[max(0, middle - 1) : middle + 2])
 
 
 def offered_submeshes(cluster: Cluster, num_layers: int) -> tuple[Submesh, ...]:

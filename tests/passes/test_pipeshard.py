@@ -54,7 +54,7 @@ def test_the_best_of_all_candidates_is_chosen() -> None:
     found = plan(call_of("mlp-test", 8), PipeshardParallel())
     times = [a.step_s for a in found.plan.alternatives if a.step_s is not None]
     assert found.plan.predicted.step_s == min(times)
-    assert len(times) >= 3
+    assert len(times) >= 2
     fixed = plan(call_of("mlp-test", 8), ThreeDParallel(dp=2, tp=1, pp=2, num_microbatches=2))
     assert found.plan.predicted.step_s <= fixed.plan.predicted.step_s
 
@@ -63,6 +63,7 @@ def test_other_schedules_are_tried_for_the_best() -> None:
     found = plan(call_of("mlp-test", 8), PipeshardParallel(num_stages=2, num_microbatches=4))
     tried = {a.description.split(", ")[2] for a in found.plan.alternatives}
     assert tried == {"1f1b", "eager_1f1b", "zb-h1", "gpipe"}
+    assert all(a.step_s is not None or "even if" in a.reason for a in found.plan.alternatives)
     chosen = min(found.plan.alternatives, key=lambda a: a.step_s or float("inf"))
     assert f", {found.plan.schedule}," in chosen.description
 

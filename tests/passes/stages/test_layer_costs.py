@@ -64,7 +64,7 @@ def test_counts_are_powers_of_two_that_divide_the_batch() -> None:
     assert first_count((1, 2, 4, 8), 8, CLUSTER) == 4  # 8 leaves microbatches of one row
     assert first_count((1, 2, 4, 8), 64, CLUSTER) == 4
     assert first_count((1,), 1, CLUSTER) == 1
-    assert first_count((1, 32, 64, 128, 256), 4096, Cluster.resolve("h100:1024x8")) == 64
+    assert first_count((1, 32, 64, 128, 256), 4096, Cluster.resolve("h100:1024x8")) == 128
 
 
 def test_submeshes_that_would_waste_devices_are_not_offered() -> None:
