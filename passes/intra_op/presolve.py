@@ -64,17 +64,15 @@ def presolve(problem: IntraOpProblem, steps: Sequence[Step] | None = None) -> Pr
 
 def drop_forbidden(graph: Graph) -> bool:
     """Arc consistency: drops strategies that are forbidden or have no allowed partner."""
-    queue = sorted(graph.cost)
     changed = False
-    while queue:
-        node = queue.pop()
+    while graph.unchecked:
+        node = graph.unchecked.pop()
         allowed = np.isfinite(graph.cost[node])
         for cost in graph.edge[node].values():
             allowed &= np.isfinite(cost).any(axis=1)
         if allowed.all():
             continue
         graph.keep(node, np.flatnonzero(allowed))
-        queue += sorted(graph.edge[node])
         changed = True
     return changed
 
@@ -85,25 +83,25 @@ def normalise(graph: Graph) -> bool:
     Returns True only if an edge disappeared: moving costs enables nothing by itself.
     """
     changed = False
-    for u in sorted(graph.cost):
-        for v in sorted(w for w in graph.edge[u] if w > u):
-            rest = _split_edge(graph, u, v)
-            if rest is None:
-                graph.drop_edge(u, v)
-                changed = True
+    for u, v in sorted(graph.unsplit):
+        if not _split_edge(graph, u, v):
+            graph.drop_edge(u, v)
+            changed = True
+    graph.unsplit.clear()
     for node, cost in graph.cost.items():
         lowest = cost.min()
-        if np.isfinite(lowest):
+        if lowest != 0.0 and np.isfinite(lowest):
             graph.constant_s += float(lowest)
             graph.cost[node] = cost - lowest
         smallest = graph.bytes[node].min(axis=1)
-        graph.room = graph.room - smallest
-        graph.bytes[node] = graph.bytes[node] - smallest[:, None]
+        if smallest.any():
+            graph.room = graph.room - smallest
+            graph.bytes[node] = graph.bytes[node] - smallest[:, None]
     return changed
 
 
-def _split_edge(graph: Graph, u: int, v: int) -> FloatArray | None:
-    """Makes every row and column of an edge start at zero; None if nothing else is left."""
+def _split_edge(graph: Graph, u: int, v: int) -> bool:
+    """Makes every row and column of an edge start at zero; whether anything else is left."""
     cost = graph.edge[u][v]
     row = _finite_or_zero(cost.min(axis=1))
     rest = cost - row[:, None]
@@ -114,10 +112,8 @@ def _split_edge(graph: Graph, u: int, v: int) -> FloatArray | None:
     rest[np.abs(rest) <= 4 * _ROUNDING * magnitude] = 0.0
     graph.cost[u] = graph.cost[u] + row
     graph.cost[v] = graph.cost[v] + column
-    if not rest.any():
-        return None
     graph.edge[u][v], graph.edge[v][u] = rest, rest.T
-    return rest
+    return bool(rest.any())
 
 
 def _finite_or_zero(values: FloatArray) -> FloatArray:
@@ -308,6 +304,7 @@ def _merge_into(graph: Graph, node: int, leader: int, follow: IntArray) -> None:
             graph.add_edge(leader, other, cost[follow])
     graph.fold(node, (leader,), follow)
     graph.stale |= {leader, *graph.edge[leader]}
+    graph.unchecked.add(leader)
 
 
 def fold_between(graph: Graph) -> bool:

@@ -104,6 +104,8 @@ class Graph:
         room: `[num_rows]` bytes left for the nodes still there, rounding allowance included.
         rows: Original index of each row.
         stale: Nodes whose costs or neighbours changed since dominance was last checked.
+        unchecked: Nodes that may have got a forbidden strategy since that was last checked.
+        unsplit: Edges `(u, v)`, u < v, that changed since they were last normalised.
     """
 
     def __init__(self, problem: IntraOpProblem) -> None:
@@ -112,6 +114,9 @@ class Graph:
         self.cost = {v: np.array(problem.node_cost_s[v], dtype=np.float64) for v in nodes}
         self.kept = {v: np.arange(len(self.cost[v])) for v in nodes}
         self.edge: dict[int, dict[int, FloatArray]] = {v: {} for v in nodes}
+        self.stale = set(nodes)
+        self.unchecked = set(nodes)
+        self.unsplit: set[tuple[int, int]] = set()
         for edge in merge_parallel_edges(problem.edges):
             self.add_edge(edge.u, edge.v, edge.cost_s.astype(np.float64))
         rows = problem.memory if np.isfinite(problem.memory_budget_bytes) else ()
@@ -125,16 +130,18 @@ class Graph:
         self.constant_s = 0.0
         self.folds: list[Fold] = []
         self.used_budget = False
-        self.stale = set(nodes)
 
     def add_edge(self, u: int, v: int, cost_s: FloatArray) -> None:
         """Adds a cost between two nodes, on top of what is there."""
         total = self.edge[u][v] + cost_s if v in self.edge[u] else cost_s
         self.edge[u][v], self.edge[v][u] = total, total.T
+        self.unchecked |= {u, v}
+        self.unsplit.add((min(u, v), max(u, v)))
 
     def drop_edge(self, u: int, v: int) -> None:
         """Removes the edge between two nodes."""
         del self.edge[u][v], self.edge[v][u]
+        self.unsplit.discard((min(u, v), max(u, v)))
 
     def keep(self, node: int, strategies: IntArray) -> None:
         """Restricts a node to some of its current strategies.
@@ -150,7 +157,9 @@ class Graph:
         for other, cost in list(self.edge[node].items()):
             self.edge[node][other] = np.ascontiguousarray(cost[strategies])
             self.edge[other][node] = self.edge[node][other].T
+            self.unsplit.add((min(node, other), max(node, other)))
         self.stale |= {node, *self.edge[node]}
+        self.unchecked |= {node, *self.edge[node]}
 
     def fold(self, node: int, parents: tuple[int, ...], table: IntArray) -> None:
         """Removes a node; `table` holds its current strategy per parents' current strategies."""
@@ -163,10 +172,12 @@ class Graph:
             Fold(node=node, parents=parents, rows=tuple(rows), table=self.kept[node][table])
         )
         self.stale |= set(self.edge[node])
+        self.unchecked |= set(self.edge[node])
         for other in list(self.edge[node]):
             self.drop_edge(node, other)
         del self.cost[node], self.kept[node], self.bytes[node], self.edge[node]
         self.stale.discard(node)
+        self.unchecked.discard(node)
 
     def finish(self) -> Presolved:
         """Packs what is left as an `IntraOpProblem`."""
