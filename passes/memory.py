@@ -196,6 +196,28 @@ def held_bytes(
     return _held(_without_idle_copies(contraction, liveness, specs), sizes, time)
 
 
+def memory_curves(
+    contraction: Contraction, liveness: Liveness, mesh: Mesh,
+    result_specs: Sequence[Sequence[ShardingSpec]], conversion_bytes: np.ndarray,
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """`[num_times]` bytes per device by category; they add up to `MemoryProfile.total_bytes`.
+
+    Args:
+      contraction: the decision graph.
+      liveness: when values are alive.
+      mesh: the mesh.
+      result_specs: chosen layouts.
+      conversion_bytes: of the profile; re-laid-out operands are temporaries.
+    """
+    specs, sizes = _local_sizes(contraction, mesh, result_specs)
+    alive = _without_idle_copies(contraction, liveness, specs)
+    curves = {
+        name: _totals(alive, np.where(alive.category == i, sizes, 0.0))
+        for i, name in enumerate(CATEGORIES)
+    }
+    return curves | {TEMPORARIES: curves[TEMPORARIES] + conversion_bytes}
+
+
 def describe_time(op: FlatOp) -> str:
     """What a moment is called in messages."""
     scope = "" if op.op is None else _TRANSFORMS.sub("", op.op.scope).strip("/")

@@ -255,6 +255,12 @@ class PipelinePlan:
 
         return describe_pipeline(self)
 
+    def _repr_html_(self) -> str:
+        """What notebooks show: figures, timeline and cost."""
+        from alpa_lite.passes.html import plan_snippet
+
+        return plan_snippet(self)
+
 
 _COUNT = plan_schema.Number(1, integer=True)
 _INDEX = plan_schema.Number(0, integer=True)

@@ -259,6 +259,12 @@ class Plan:
         """The plan as text: mesh, cost, memory, collectives and the layout of every input."""
         return describe_plan(self)
 
+    def _repr_html_(self) -> str:
+        """What notebooks show: figures, timeline and cost."""
+        from alpa_lite.passes.html import plan_snippet
+
+        return plan_snippet(self)
+
 
 def write_plan_file(path: str | Path, data: Mapping[str, Any]) -> None:
     """Write JSON; the file appears whole or not at all."""

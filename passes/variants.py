@@ -21,7 +21,9 @@ from alpa_lite.passes.decision_graph import NONE, Contraction
 from alpa_lite.passes.decisions import Decisions
 from alpa_lite.passes.memory import (
     analyse_liveness,
+    describe_time,
     held_bytes,
+    memory_curves,
     profile_memory,
     with_in_flight,
 )
@@ -204,6 +206,14 @@ class Variants:
             compute_s=compute_s(work, chosen, mesh, prices), reading_s=seconds["reading"],
             giving_s=seconds["giving"], peak_bytes=float(held[mine].sum()),
         )  # fmt: skip
+
+    def memory(self) -> tuple[tuple[str, ...], dict[str, np.ndarray]]:
+        """What runs at every moment of the step, and the bytes held then by category."""
+        d, inputs, mesh = self.decisions, self.inputs, self.plan.mesh
+        c = inputs.contraction
+        profile = profile_memory(c, inputs.liveness, mesh, d.result_specs, d.operand_specs)
+        curves = memory_curves(c, inputs.liveness, mesh, d.result_specs, profile.conversion_bytes)
+        return tuple(describe_time(c.ops[op]) for op in inputs.liveness.order), curves
 
     @property
     def records(self) -> tuple[Decision, ...]:

@@ -15,6 +15,7 @@ from alpa_lite.cli.launch import launch
 from alpa_lite.cli.listings import clusters, models
 from alpa_lite.cli.model_verb import model
 from alpa_lite.cli.plan_verbs import plan, show
+from alpa_lite.cli.report import report
 from alpa_lite.cli.simulate import simulate
 from alpa_lite.cli.train import train
 from alpa_lite.version import __version__
@@ -51,6 +52,7 @@ app.command(
     epilog=f"Example: {PROGRAM} whatif plan.json --set cluster.hosts=2 --memory-budget 40GiB"
 )(whatif)
 app.command(epilog=f"Example: {PROGRAM} simulate plan.json --trace step.json.gz")(simulate)
+app.command(epilog=f"Example: {PROGRAM} report plan.json -o report.html --explain")(report)
 app.command(epilog=f"Example: {PROGRAM} train --steps 20")(train)
 app.command(
     epilog=f"Example: {PROGRAM} launch -n 2 --devices-per-process 4 -- python train.py",

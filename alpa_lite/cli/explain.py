@@ -73,12 +73,11 @@ def explain(
     index = None if subject is None else find_stage(subject, plan)
     subjects = [] if subject is None or index is not None else _subjects(subject, plan)
     asked = Configuration.of_plan(plan, target)
-    method = asked.make_method()
+    asked.make_method()
     jax.config.update("jax_platforms", "cpu")
-    _, found = asked.load()
     with progress_bar() as report:
         report(f"tracing {plan.name}", 0.0)
-        again = _Again(plan, step_args(found), method)
+        again = PlanAgain.of(plan, asked)
         if subject is None:
             text, data = _whole(again, report)
         elif index is not None:
@@ -131,7 +130,7 @@ class Subject:
     name: str | None
 
 
-class _Again:
+class PlanAgain:
     """A plan together with its step, traced when first needed."""
 
     def __init__(self, plan: Plan | PipelinePlan, call: StepArgs, method: Method) -> None:
@@ -139,6 +138,16 @@ class _Again:
         self.table = RuleTable()
         self._pipeline: PipelineVariants | None = None
         self._variants: dict[int | None, Variants] = {}
+
+    @classmethod
+    def of(cls, plan: Plan | PipelinePlan, asked: Configuration) -> PlanAgain:
+        """From what a plan was made from.
+
+        Raises:
+          InputError: there is no such target, or the options mean nothing.
+        """
+        _, found = asked.load()
+        return cls(plan, step_args(found), asked.make_method())
 
     def pipeline(self) -> PipelineVariants:
         """Of a plan with stages."""
@@ -165,7 +174,7 @@ class _Again:
         return self._variants[stage]
 
 
-def explain_whole(again: _Again, report: Report) -> tuple[Sensitivity, tuple[Baseline, ...]]:
+def explain_whole(again: PlanAgain, report: Report) -> tuple[Sensitivity, tuple[Baseline, ...]]:
     """What binds a plan, and what recipes would cost."""
     plan = again.plan
     report("solving with other memory and links", 0.1)
@@ -180,7 +189,7 @@ def explain_whole(again: _Again, report: Report) -> tuple[Sensitivity, tuple[Bas
     return found, baselines
 
 
-def _whole(again: _Again, report: Report) -> tuple[str, dict[str, Any]]:
+def _whole(again: PlanAgain, report: Report) -> tuple[str, dict[str, Any]]:
     found, baselines = explain_whole(again, report)
     data = {
         "step_s": again.plan.predicted.step_s,
@@ -191,7 +200,7 @@ def _whole(again: _Again, report: Report) -> tuple[str, dict[str, Any]]:
 
 
 def _decisions(
-    again: _Again, subjects: Sequence[Subject], report: Report
+    again: PlanAgain, subjects: Sequence[Subject], report: Report
 ) -> tuple[str, dict[str, Any]]:
     wanted: dict[tuple[int | None, str], list[str]] = {}
     fixed: list[str] = []

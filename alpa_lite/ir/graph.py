@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,6 +197,12 @@ class Graph:
 
     def __str__(self) -> str:
         return format_graph(self)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: how large it is, and its ops when unfolded."""
+        title = html.escape(f"graph {self.name}: {len(self.ops)} ops, {self.flops:.3g} FLOPs")
+        text = html.escape(format_graph(self))
+        return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
 
 
 def op_bytes(graph: Graph, op: Op) -> int:

@@ -83,6 +83,12 @@ class Timeline:
             for starts, ends, busy in zip(self.start_s, self.end_s, self.busy_s, strict=True)
         )
 
+    def _repr_html_(self) -> str:
+        """What notebooks show: a track for every mesh."""
+        from alpa_lite.passes.html import timeline_snippet
+
+        return timeline_snippet(self)
+
 
 def simulate(schedule: Schedule, times: TaskTimes, *, overlap_transfers: bool = True) -> Timeline:
     """Run a schedule on paper, in time proportional to the number of tasks.

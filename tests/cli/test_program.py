@@ -9,7 +9,7 @@ import pytest
 from alpa_lite.errors import InfeasibleError, PlanError, SolverTimeoutError
 from alpa_lite.version import __version__
 
-VERBS = "plan show explain diff whatif simulate train launch models clusters doctor".split()
+VERBS = "plan show explain diff whatif simulate report train launch models clusters doctor".split()
 OWN = ("plan", "tests.cli.own_steps:linear", "--cluster", "h100:8")
 
 
@@ -84,6 +84,7 @@ def backends_started(run_program, tmp_path_factory):
         ["show", file],
         ["simulate", file],
         ["diff", file, file],
+        ["report", file, "-o", f"{file}.html"],
         ["models"],
         [*OWN],
     ]
@@ -99,6 +100,7 @@ def backends_started(run_program, tmp_path_factory):
         "show",
         "simulate",
         "diff",
+        "report",
         "models",
         "plan",
     ],

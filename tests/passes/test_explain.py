@@ -87,6 +87,19 @@ def test_costs_add_up_to_the_plan(free, tight):
         assert 0.95 * predicted.peak_bytes < held <= predicted.peak_bytes * (1 + 1e-9)
 
 
+def test_memory_over_the_step(free, tight):
+    for each in (free, tight):
+        moments, curves = each.memory()
+        total = sum(curves.values())
+        predicted = each.plan.predicted
+        assert len(moments) == len(total)
+        assert total.max() == pytest.approx(predicted.peak_bytes)
+        at = int(total.argmax())
+        assert moments[at] == predicted.peak_at
+        found = {name: float(curve[at]) for name, curve in curves.items()}
+        assert found == pytest.approx(dict(predicted.memory_bytes))
+
+
 @pytest.mark.parametrize("which", ["free", "tight"])
 def test_runner_up_is_the_best_of_all_other_layouts(which, request):
     """Against pinning the parameter to every layout there is, one after the other."""
