@@ -90,28 +90,31 @@ def configurations() -> list[Configuration]:
     ]
 
 
-def lower(configuration: Configuration, batch: int = 1, q_len: int = 300, kv_len: int = 450) -> int:
+def lower(configuration: Configuration) -> int:
     """Lower both passes; how many kernels are in the two programs."""
+    return sum(lower_pass(configuration, forward=forward) for forward in (True, False))
+
+
+def lower_pass(
+    configuration: Configuration, *, forward: bool, q_len: int = 300, kv_len: int = 450
+) -> int:
+    """Lower one pass; how many kernels are in its program."""
     shape = jax.ShapeDtypeStruct
     dtype, dim = configuration.dtype, configuration.head_dim
-    q, kv = shape((batch, q_len, 4, dim), dtype), shape((batch, kv_len, 2, dim), dtype)
-    row, offset = shape((batch, 4, q_len), "float32"), shape((batch,), "int32")
-    ids = tuple(shape((batch, n), "int32") for n in (q_len, kv_len))
-    rest = (offset, offset, *(ids if configuration.mask == SEGMENTS else ()))
+    q, kv = shape((1, q_len, 4, dim), dtype), shape((1, kv_len, 2, dim), dtype)
+    row, offset = shape((1, 4, q_len), "float32"), shape((1,), "int32")
+    ids = tuple(shape((1, n), "int32") for n in (q_len, kv_len))
     left, right = BANDS[configuration.mask]
-    spec = FlashSpec(scale=dim**-0.5, left=left, right=right, softcap=configuration.softcap)
-    options = {
-        "blocks": configuration.blocks(),
-        "semantics": compat.lowering_semantics(configuration.semantics),
-    }
-
-    def kernels(function: Any, *operands: Any) -> int:
-        traced = jax.jit(functools.partial(function, spec, **options)).trace(*operands)
-        return traced.lower(lowering_platforms=("cuda",)).as_text().count(CALL)
-
-    return kernels(hopper.forward, q, kv, kv, *rest) + kernels(
-        hopper.backward, q, kv, kv, row, row, q, *rest
+    function = functools.partial(
+        hopper.forward if forward else hopper.backward,
+        FlashSpec(scale=dim**-0.5, left=left, right=right, softcap=configuration.softcap),
+        blocks=configuration.blocks(),
+        semantics=compat.lowering_semantics(configuration.semantics),
     )
+    operands = (q, kv, kv) if forward else (q, kv, kv, row, row, q)
+    rest = (offset, offset, *(ids if configuration.mask == SEGMENTS else ()))
+    traced = jax.jit(function).trace(*operands, *rest)
+    return traced.lower(lowering_platforms=("cuda",)).as_text().count(CALL)
 
 
 def main() -> None:

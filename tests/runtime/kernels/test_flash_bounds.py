@@ -13,6 +13,7 @@ from alpa_lite.runtime.kernels.flash.spec import FlashSpec
 from tests.runtime.kernels.dense_attention import visible_pairs
 
 BATCH = 3
+_of_queries = jax.jit(kv_tile_ranges, static_argnums=(0, 4, 5, 6, 7))
 FAR = 10_000  # as good as no limit, and compiled once for all
 
 
@@ -93,14 +94,14 @@ def test_ranges(problem):
 def test_causal_halves_the_tiles():
     spec = FlashSpec(scale=1.0, right=0)
     zeros = np.zeros(1, np.int32)
-    ranges = np.asarray(kv_tile_ranges(spec, zeros, zeros, (), 512, 512, 128, 128))[0]
+    ranges = np.asarray(_of_queries(spec, zeros, zeros, (), 512, 512, 128, 128))[0]
     np.testing.assert_array_equal(ranges, [[0, 0, i, i + 1] for i in range(4)])
 
 
 def test_packed_segments_meet_their_own_tiles_only():
     ids = np.repeat(np.arange(4, dtype=np.int32), 64)[None]
     zeros = np.zeros(1, np.int32)
-    ranges = kv_tile_ranges(FlashSpec(scale=1.0), zeros, zeros, (ids, ids), 256, 256, 32, 64)
+    ranges = _of_queries(FlashSpec(scale=1.0), zeros, zeros, (ids, ids), 256, 256, 32, 64)
     expected = [[i // 2, i // 2, i // 2 + 1, i // 2 + 1] for i in range(8)]
     np.testing.assert_array_equal(np.asarray(ranges)[0], expected)
 
@@ -110,5 +111,5 @@ def test_offsets_out_of_sight(left):
     spec = FlashSpec(scale=1.0, left=left, right=0)
     before, after = np.array([-1000], np.int32), np.array([1000], np.int32)
     for offset in (before, after):
-        ranges = kv_tile_ranges(spec, offset, np.zeros(1, np.int32), (), 64, 64, 16, 16)
+        ranges = _of_queries(spec, offset, np.zeros(1, np.int32), (), 64, 64, 16, 16)
         assert not np.asarray(ranges).any()
