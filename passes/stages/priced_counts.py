@@ -161,8 +161,10 @@ class PricedCounts:
         )
 
     def _price_on(self, pricer: LayerPricer, count: int, submeshes: Sequence[Submesh]) -> None:
-        deadline_s = self.started + _PRICING_SHARE * self.method.time_limit_s
         for number, submesh in enumerate(submeshes):
+            # Whatever is found needs something that is priced.
+            share = _PRICING_SHARE if pricer.submeshes or self.priced else 1.0
+            deadline_s = self.started + share * self.method.time_limit_s
             done = 0.6 * len(pricer.submeshes) / len(self.offered)
             self.report(f"pricing layers on {submesh} for {count} microbatches", done)
             try:
