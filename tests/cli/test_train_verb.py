@@ -12,6 +12,7 @@ TINY = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_json(run_program):
     result = run_program(*TINY, "--json")
     assert result.returncode == 0, result.stderr

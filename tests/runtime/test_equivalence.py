@@ -41,7 +41,7 @@ MESHES = ((8,), (2, 4), (2, 2, 2))
 QUICK = {
     ("mlp-test", "auto", (2, 4)), ("mlp-test", "zero1", (8,)), ("gpt-test", "auto", (2, 4)),
     ("gpt-test", "zero3", (8,)), ("llama-scan-test", "zero2", (2, 4)),
-    ("llama-test", "shard", (2, 2, 2)), ("moe-test", "data", (8,)),
+    ("mlp-test", "shard", (2, 2, 2)), ("moe-test", "data", (8,)),
 }  # fmt: skip
 
 # Smoke: a model with a scan, one without.
@@ -140,7 +140,7 @@ def test_sharded_equals_unsharded(model: str, method: str, mesh: tuple[int, ...]
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(m, marks=() if m == "gpt-test" else pytest.mark.slow) for m in MODELS]
+    "model", [pytest.param(m, marks=() if m == "mlp-test" else pytest.mark.slow) for m in MODELS]
 )
 def test_adamw(model: str) -> None:
     method = alpa_lite.AutoParallel(mesh_shape=(2, 4))
