@@ -32,7 +32,7 @@ from benchmarks.results_table import Column, ResultsTable, describe_environment
 
 STUB = Path(__file__).with_name("cuda_stub.c")
 DUMP = "MOSAIC_GPU_DUMP_TO"  # set in the process that compiles
-KERNELS = ("forward", "dq", "dkv", "fused")
+PASSES = {"forward": ("forward",), "split": ("dq", "dkv"), "fused": ("fused",)}  # their kernels
 COLUMNS = (
     Column("kernel", "Kernel"),
     Column("head_dim", "Head dim"),
@@ -47,7 +47,7 @@ COLUMNS = (
 
 def main() -> None:
     options = parse_options(
-        __doc__, KERNELS, plugin="path of xla_cuda_plugin.so, from the wheel jax_cuda13_pjrt"
+        __doc__, list(PASSES), plugin="path of xla_cuda_plugin.so, from the wheel jax_cuda13_pjrt"
     )
     plugin = options.more["plugin"]
     missing = [tool for tool in ("cc", "ptxas") if shutil.which(tool) is None]
@@ -55,7 +55,7 @@ def main() -> None:
         sys.exit(f"--plugin is the file xla_cuda_plugin.so; got {plugin}. Not found: {missing}")
     if DUMP not in os.environ:
         sys.exit(_run_with_stub())
-    compiled = [row for kernel in options.chosen for row in _report(kernel, plugin)]
+    compiled = [row for name in options.chosen for row in _report(name, plugin)]
     if options.save:
         version = re.search(r"release ([\d.]+)", _output("ptxas", "--version"))
         environment = describe_environment("no accelerator; for sm_90a")
@@ -87,26 +87,23 @@ def _output(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _report(kernel: str, plugin: str) -> Iterator[dict[str, Any]]:
-    from alpa_lite.runtime.kernels.flash.block_sizes import MASK_CLASSES
+def _report(name: str, plugin: str) -> Iterator[dict[str, Any]]:
+    """Rows of the kernels of a pass."""
+    from alpa_lite.runtime.kernels.flash.block_sizes import HEAD_DIMS, MASK_CLASSES
+    from alpa_lite.runtime.kernels.flash.hopper_dkv import FUSED_DIM
 
-    for dim in _head_dims(kernel):
+    for dim in (FUSED_DIM,) if name == "fused" else HEAD_DIMS:
         for mask in MASK_CLASSES:
-            for found in _compile(kernel, dim, mask, plugin):
-                row = {"kernel": kernel, "head_dim": dim, "mask": mask, **found}
+            lowered = _lower(name, dim, mask)
+            for kernel, text in zip(PASSES[name], lowered, strict=True):
+                case = {"kernel": kernel, "head_dim": dim, "mask": mask}
+                row = {**case, **_ptxas(text, plugin)}
                 print(row, flush=True)
                 yield row
 
 
-def _head_dims(kernel: str) -> tuple[int, ...]:
-    from alpa_lite.runtime.kernels.flash.block_sizes import HEAD_DIMS
-    from alpa_lite.runtime.kernels.flash.hopper_dkv import FUSED_DIM
-
-    return (FUSED_DIM,) if kernel == "fused" else HEAD_DIMS
-
-
-def _compile(kernel: str, dim: int, mask: str, plugin: str) -> Iterator[dict[str, Any]]:
-    """What ptxas says of the kernels that one lowering adds; sizes are whole tiles."""
+def _lower(name: str, dim: int, mask: str) -> list[bytes]:
+    """The Mosaic modules of a pass, in the order of its kernels; sizes are whole tiles."""
     from jax.experimental.mosaic.gpu import core as mosaic
 
     from alpa_lite.runtime.kernels.flash.block_sizes import FUSED, SPLIT
@@ -114,15 +111,11 @@ def _compile(kernel: str, dim: int, mask: str, plugin: str) -> Iterator[dict[str
 
     configuration = Configuration(
         head_dim=dim, dtype="bfloat16", mask=mask, softcap=None,
-        kind=FUSED if kernel == "fused" else SPLIT, semantics="Lane",
+        kind=FUSED if name == "fused" else SPLIT, semantics="Lane",
     )  # fmt: skip
-    known = dict(mosaic.KNOWN_KERNELS)
-    lower_pass(configuration, forward=kernel == "forward", q_len=4096, kv_len=4096)
-    added = [text for key, text in mosaic.KNOWN_KERNELS.items() if key not in known]
-    if kernel in ("dq", "dkv"):
-        added = [added[("dq", "dkv").index(kernel)]]
-    for text in added:
-        yield _ptxas(text, plugin)
+    mosaic.KNOWN_KERNELS.clear()
+    lower_pass(configuration, forward=name == "forward", q_len=4096, kv_len=4096)
+    return list(mosaic.KNOWN_KERNELS.values())
 
 
 @functools.cache
