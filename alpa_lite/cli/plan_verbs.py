@@ -5,6 +5,7 @@ Neither starts a device; a factory that makes arrays makes them on the CPU.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -26,12 +27,26 @@ from alpa_lite.cli.options import (
     SetOption,
     parse_overrides,
 )
-from alpa_lite.cli.output import check_folder, print_json, progress_bar
+from alpa_lite.cli.output import check_folder, print_json, progress_bar, remark
 from alpa_lite.cli.planning import infeasible_json, plan_again, save_plan
 from alpa_lite.cost_model import Cluster
 from alpa_lite.errors import InfeasibleError
+from alpa_lite.models import presets
+from alpa_lite.passes.flag_names import FLAGS
 from alpa_lite.passes.pipeline_plan import PipelinePlan, load_plan
 from alpa_lite.passes.plan import Plan
+
+
+class Program(StrEnum):
+    """What `show --as` may say."""
+
+    MEGATRON = "megatron"
+    MAXTEXT = "maxtext"
+
+
+def complete_target(incomplete: str) -> list[str]:
+    """Presets that begin so, for shells."""
+    return [name for name in presets() if name.startswith(incomplete)]
 
 
 def plan(
@@ -39,6 +54,7 @@ def plan(
         str,
         typer.Argument(
             metavar="TARGET",
+            autocompletion=complete_target,
             help="A model preset (see `alpa-lite models`), or package.module:factory where "
             "factory() returns (step, state_shapes, batch_shapes) or a ModelSetup.",
         ),
@@ -96,14 +112,31 @@ def plan(
 
 def show(
     file: PlanArgument,
+    program: Annotated[
+        Program | None,
+        typer.Option("--as", help="Print the nearest flags of another program instead."),
+    ] = None,
     json: JsonOption = False,
 ) -> None:
     """Check a plan file and print it.
 
     No device is started. Exits with 3 if the file is not a valid plan. With --json the output is
-    the content of the file as it was understood.
+    the content of the file as it was understood; with --as an object with flags (name and value of
+    each) and remarks.
     """
-    _print_plan(load_plan(file), as_json=json)
+    plan = load_plan(file)
+    if program is None:
+        _print_plan(plan, as_json=json)
+        return
+    found = FLAGS[program.value](plan)
+    if json:
+        print_json({"flags": found.flags, "remarks": found.remarks})
+        return
+    for name, value in found.flags:
+        space = "=" if program == Program.MAXTEXT else " "
+        print(f"{name}{space}{value}".strip())
+    for text in found.remarks:
+        remark(f"note: {text}")
 
 
 def _print_plan(plan: Plan | PipelinePlan, *, as_json: bool) -> None:

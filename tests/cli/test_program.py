@@ -5,7 +5,9 @@ import json
 import tomllib
 
 import pytest
+import typer.testing
 
+from alpa_lite.cli.app import app
 from alpa_lite.errors import InfeasibleError, PlanError, SolverTimeoutError
 from alpa_lite.version import __version__
 
@@ -31,6 +33,31 @@ def test_help_of_a_verb_has_an_example(invoke, verb):
     result = invoke(verb, "--help")
     assert result.exit_code == 0
     assert f"Example: alpa-lite {verb}" in result.stdout
+
+
+def test_completion_script():
+    runner = typer.testing.CliRunner()
+    result = runner.invoke(app, ["--show-completion"], prog_name="alpa-lite")
+    assert result.exit_code == 0, result.stderr
+    assert "_ALPA_LITE_COMPLETE" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("alpa-lite wh", ["whatif"]),
+        ("alpa-lite show --a", ["--as"]),
+        ("alpa-lite show --as m", ["maxtext", "megatron"]),
+        ("alpa-lite plan llama3-", ["llama3-405b", "llama3-70b", "llama3-8b"]),
+    ],
+)
+def test_completion(line, expected):
+    environment = {"_TYPER_COMPLETE_ARGS": line, "_ALPA_LITE_COMPLETE": "complete_fish"}
+    environment["_TYPER_COMPLETE_FISH_ACTION"] = "get-args"
+    result = typer.testing.CliRunner().invoke(
+        app, [], prog_name="alpa-lite", env=environment, complete_var="_ALPA_LITE_COMPLETE"
+    )
+    assert sorted(text.split("\t")[0] for text in result.stdout.split("\n") if text) == expected
 
 
 def test_version(invoke):

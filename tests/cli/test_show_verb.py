@@ -72,3 +72,26 @@ def test_terminal_escapes_in_a_file_are_shown_not_sent(invoke, plan_file, tmp_pa
     assert result.exit_code == 0
     assert "\x1b" not in result.stdout
     assert "evil\\x1b[2J" in result.stdout and "two\\nlines" in result.stdout
+
+
+@pytest.mark.parametrize("program", ["megatron", "maxtext"])
+def test_as_another_program(invoke, plan_files, program):
+    from alpa_lite.passes.flag_names import FLAGS
+    from alpa_lite.passes.pipeline_plan import load_plan
+
+    found = FLAGS[program](load_plan(plan_files["staged"]))
+    data = json.loads(invoke("show", plan_files["staged"], "--as", program, "--json").stdout)
+    assert data == {"flags": [list(f) for f in found.flags], "remarks": list(found.remarks)}
+    text = invoke("show", plan_files["staged"], "--as", program)
+    assert text.exit_code == 0
+    assert len(text.stdout.splitlines()) == len(found.flags)
+    first = {
+        "megatron": "--tensor-model-parallel-size 1", "maxtext": "ici_pipeline_parallelism=2",
+    }[program]  # fmt: skip
+    assert first in text.stdout
+    assert text.stderr.startswith("note: layouts are chosen per parameter")
+
+
+def test_as_an_unknown_program_is_3(invoke, plan_files):
+    result = invoke("show", plan_files["one"], "--as", "deepspeed")
+    assert result.exit_code == 3 and "megatron" in result.stderr
