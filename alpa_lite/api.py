@@ -133,6 +133,7 @@ class ParallelStep:
         self._given_plan = _checked_plan(plan, self._cluster)
         self._cache = None if plan_cache is None else PlanCache(Path(plan_cache))
         self._rules = RuleTable()
+        self._plan_files: dict[Any, Path] = {}
         self._planned: dict[Any, PlannedStep | PlannedPipeline] = {}
         self._executables: dict[Any, Executable | PipelineExecutable] = {}
         self._own = OwnResults()
@@ -173,7 +174,7 @@ class ParallelStep:
         call = bind_call(self._signature, self._argnums, args, kwargs)
         key = call.key()
         if key not in self._planned and self._given_plan is None and process_group() is None:
-            found = self._cached(self._step_args(call))
+            found = self._cached(self._step_args(call), key)
             if found is not None:
                 return found
         return self._plan(call, key, progress).plan
@@ -276,31 +277,29 @@ class ParallelStep:
     ) -> PlannedStep | PlannedPipeline:
         step = self._step_args(call)
         if key not in self._planned:
-            self._planned[key] = self._make_plan(step, progress)
+            self._planned[key] = self._make_plan(step, key, progress)
         self._last = self._planned[key], step.donate_argnums or (0,)
         return self._planned[key]
 
     def _make_plan(
-        self, step: StepArgs, progress: Progress | None
+        self, step: StepArgs, key: Any, progress: Progress | None
     ) -> PlannedStep | PlannedPipeline:
         """In several processes: planned by one of them, and compared."""
         method, given, table, group = self._method, self._given_plan, self._rules, process_group()
         staged = method if isinstance(method, PipelineMethod) else PipelineMethod()
 
         def search() -> PlannedStep | PlannedPipeline:
+            found = self._cached(step, key)
+            if found is not None:
+                return rebuild(found)
             cluster = self._cluster or attached_cluster()
-            path = None if self._cache is None else self._cache.path(step, method, cluster)
-            if self._cache is not None and path is not None:
-                found = self._cache.load(path)
-                if found is not None:
-                    return rebuild(found)
             planned: PlannedStep | PlannedPipeline
             if isinstance(method, PipelineMethod):
                 planned = plan_pipeline(step, method, cluster, table=table, progress=progress)
             else:
                 planned = plan_step(step, method, cluster, table=table, progress=progress)
-            if self._cache is not None and path is not None:
-                self._cache.save(path, planned.plan)
+            if self._cache is not None:
+                self._cache.save(self._plan_files[key], planned.plan)
             return planned
 
         def rebuild(plan: Plan | PipelinePlan) -> PlannedStep | PlannedPipeline:
@@ -317,12 +316,14 @@ class ParallelStep:
             return make()
         return agreed(group, f"planning {step.name}", make, lambda made: plan_facts(made.plan))
 
-    def _cached(self, step: StepArgs) -> Plan | PipelinePlan | None:
+    def _cached(self, step: StepArgs, key: Any) -> Plan | PipelinePlan | None:
         """The plan that was made for this step before."""
         if self._cache is None:
             return None
-        cluster = self._cluster or attached_cluster()
-        return self._cache.load(self._cache.path(step, self._method, cluster))
+        if key not in self._plan_files:
+            cluster = self._cluster or attached_cluster()
+            self._plan_files[key] = self._cache.path(step, self._method, cluster)
+        return self._cache.load(self._plan_files[key])
 
     def _step_args(self, call: BoundCall) -> StepArgs:
         """The step with static arguments bound, and positions among the dynamic ones."""

@@ -9,13 +9,13 @@ import sys
 from typing import Any
 
 
-def run_apart(module: str, case: str) -> dict[str, Any]:
-    """What `python -m MODULE --here CASE` prints as JSON on its last line.
+def run_apart(module: str, case: str, *options: str) -> dict[str, Any]:
+    """What `python -m MODULE --here CASE [OPTIONS]` prints as JSON on its last line.
 
     Raises:
       RuntimeError: it failed; the message has the end of what it printed.
     """
-    command = [sys.executable, "-m", module, "--here", case]
+    command = [sys.executable, "-m", module, "--here", case, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{case} failed:\n{done.stderr[-2000:]}")
