@@ -6,8 +6,13 @@ Grouped-query attention reshapes the queries instead of repeating keys and value
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+AttentionFunction = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""`(q, k, v) -> out` with the shapes of `causal_attention`, and as causal."""
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

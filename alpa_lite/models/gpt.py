@@ -16,7 +16,7 @@ import optax
 from flax import linen as nn
 from flax.training import train_state
 
-from alpa_lite.models.attention import causal_attention
+from alpa_lite.models.attention import AttentionFunction, causal_attention
 from alpa_lite.models.checks import (
     require_at_least,
     require_float_dtype,
@@ -73,6 +73,7 @@ class CausalSelfAttention(nn.Module):
 
     num_heads: int
     dtype: Any
+    attention: AttentionFunction = causal_attention
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -83,7 +84,7 @@ class CausalSelfAttention(nn.Module):
             nn.DenseGeneral(heads, dtype=self.dtype, kernel_init=_normal(), name=name)(x)
             for name in ("query", "key", "value")
         )
-        out = causal_attention(q, k, v)
+        out = self.attention(q, k, v)
         return nn.DenseGeneral(
             hidden, axis=(-2, -1), dtype=self.dtype, kernel_init=_normal(), name="out"
         )(out)
@@ -108,13 +109,14 @@ class Block(nn.Module):
 
     config: GPTConfig
     deterministic: bool
+    attention: AttentionFunction = causal_attention
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, None]:
         """Maps `[batch, seq, hidden]` to the same shape."""
         c, dtype = self.config, jnp.dtype(self.config.dtype)
         h = nn.LayerNorm(dtype=dtype, name="attention_norm")(x)
-        h = CausalSelfAttention(c.num_heads, dtype, name="attention")(h)
+        h = CausalSelfAttention(c.num_heads, dtype, self.attention, name="attention")(h)
         x = x + nn.Dropout(c.dropout_rate, deterministic=self.deterministic)(h)
         h = nn.LayerNorm(dtype=dtype, name="mlp_norm")(x)
         h = MLP(c.mlp_ratio * c.hidden_size, dtype, name="mlp")(h)
@@ -125,6 +127,7 @@ class GPT(nn.Module):
     """Decoder-only language model."""
 
     config: GPTConfig
+    attention: AttentionFunction = causal_attention
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -143,10 +146,10 @@ class GPT(nn.Module):
                 split_rngs={"params": True, "dropout": True},
                 length=c.num_layers,
             )
-            x, _ = scanned(c, deterministic, name="layers")(x)
+            x, _ = scanned(c, deterministic, self.attention, name="layers")(x)
         else:
             for i in range(c.num_layers):
-                x, _ = block(c, deterministic, name=f"layer_{i}")(x)
+                x, _ = block(c, deterministic, self.attention, name=f"layer_{i}")(x)
         x = nn.LayerNorm(dtype=dtype, name="final_norm")(x)
         if c.tie_embeddings:
             return embed.attend(x)
@@ -197,9 +200,14 @@ def dropout_rngs(state: DropoutTrainState) -> dict[str, jax.Array]:
     return {"dropout": jax.random.fold_in(state.dropout_key, state.step)}
 
 
-def make_setup(name: str, config: GPTConfig, optimizer: optax.GradientTransformation) -> ModelSetup:
+def make_setup(
+    name: str,
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    attention: AttentionFunction = causal_attention,
+) -> ModelSetup:
     """The setup of one GPT."""
-    model = GPT(config)
+    model = GPT(config, attention)
 
     def init(key: jax.Array) -> DropoutTrainState:
         return create_dropout_state(

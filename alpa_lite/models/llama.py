@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx, struct
 
-from alpa_lite.models.attention import apply_rope, causal_attention
+from alpa_lite.models.attention import AttentionFunction, apply_rope, causal_attention
 from alpa_lite.models.checks import require_at_least, require_float_dtype, require_multiple
 from alpa_lite.models.losses import mean_cross_entropy
 from alpa_lite.models.setup import ModelSetup, random_token_batch, token_batch_shapes
@@ -78,7 +78,9 @@ class LlamaConfig:
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions, kernels `[hidden, heads, head_dim]`."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, attention: AttentionFunction, *, rngs: nnx.Rngs
+    ) -> None:
         hidden, dim = config.hidden_size, config.hidden_size // config.num_heads
         general = functools.partial(
             nnx.LinearGeneral,
@@ -92,12 +94,13 @@ class Attention(nnx.Module):
         self.value = general(hidden, (config.num_kv_heads, dim))
         self.out = general((config.num_heads, dim), hidden, axis=(-2, -1))
         self.rope_theta = config.rope_theta
+        self.attention = attention
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps `[batch, seq, hidden]` to the same shape."""
         q = apply_rope(self.query(x), theta=self.rope_theta)
         k = apply_rope(self.key(x), theta=self.rope_theta)
-        return self.out(causal_attention(q, k, self.value(x)))
+        return self.out(self.attention(q, k, self.value(x)))
 
 
 class SwiGLU(nnx.Module):
@@ -142,9 +145,11 @@ class SquaredReLU(nnx.Module):
 class Block(nnx.Module):
     """Pre-RMSNorm decoder block."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: LlamaConfig, attention: AttentionFunction, *, rngs: nnx.Rngs
+    ) -> None:
         self.attention_norm = _norm(config, rngs)
-        self.attention = Attention(config, rngs=rngs)
+        self.attention = Attention(config, attention, rngs=rngs)
         self.mlp_norm = _norm(config, rngs)
         self.mlp = (SwiGLU if config.gated_mlp else SquaredReLU)(config, rngs=rngs)
 
@@ -159,7 +164,13 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """Decoder-only language model; `layers` is a stacked `Block` or a list of them."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        attention: AttentionFunction = causal_attention,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.config = config
         dtype = jnp.dtype(config.dtype)
         self.embed = nnx.Embed(
@@ -169,7 +180,7 @@ class Llama(nnx.Module):
             embedding_init=KERNEL_INIT,
             rngs=rngs,
         )
-        self.layers = _make_layers(config, rngs.params())
+        self.layers = _make_layers(config, attention, rngs.params())
         self.final_norm = _norm(config, rngs)
         self.head = nnx.Linear(
             config.hidden_size,
@@ -218,17 +229,22 @@ class LlamaState:
 
 
 def make_setup(
-    name: str, config: LlamaConfig, optimizer: optax.GradientTransformation
+    name: str,
+    config: LlamaConfig,
+    optimizer: optax.GradientTransformation,
+    attention: AttentionFunction = causal_attention,
 ) -> ModelSetup:
     """The setup of one Llama."""
 
     @functools.cache
     def graphdef() -> nnx.GraphDef[Llama]:
         """Structure of the model without its parameters, found by abstract evaluation."""
-        return nnx.graphdef(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(params=0))))
+        return nnx.graphdef(
+            nnx.eval_shape(lambda: Llama(config, attention, rngs=nnx.Rngs(params=0)))
+        )
 
     def init(key: jax.Array) -> LlamaState:
-        params = nnx.state(Llama(config, rngs=nnx.Rngs(params=key)), nnx.Param)
+        params = nnx.state(Llama(config, attention, rngs=nnx.Rngs(params=key)), nnx.Param)
         return LlamaState(
             step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params)
         )
@@ -258,7 +274,7 @@ def make_setup(
     )
 
 
-def _make_layers(config: LlamaConfig, key: jax.Array) -> Any:
+def _make_layers(config: LlamaConfig, attention: AttentionFunction, key: jax.Array) -> Any:
     """All blocks, a stacked `Block` or an `nnx.List`; equal keys give equal parameters in both.
 
     One block's initialiser is traced once and mapped or called, so tracing time does not
@@ -267,9 +283,11 @@ def _make_layers(config: LlamaConfig, key: jax.Array) -> Any:
 
     @jax.jit
     def init_block(key: jax.Array) -> nnx.State:
-        return nnx.state(Block(config, rngs=nnx.Rngs(params=key)))
+        return nnx.state(Block(config, attention, rngs=nnx.Rngs(params=key)))
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Block(config, rngs=nnx.Rngs(params=0))))
+    graphdef = nnx.graphdef(
+        nnx.eval_shape(lambda: Block(config, attention, rngs=nnx.Rngs(params=0)))
+    )
     keys = jax.random.split(key, config.num_layers)
     if config.scan_layers:
         return nnx.merge(graphdef, jax.vmap(init_block)(keys))

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import optax
 
 from alpa_lite.models import deepseek, deepseek_config, gpt, llama, mlp, moe, wide_resnet
+from alpa_lite.models.attention import AttentionFunction
 from alpa_lite.models.optimizers import make_optimizer
 from alpa_lite.models.setup import ModelSetup
 
-MakeSetup = Callable[[str, Any, optax.GradientTransformation], ModelSetup]
+MakeSetup = Callable[..., ModelSetup]
 
 
 def presets() -> tuple[str, ...]:
@@ -29,6 +29,7 @@ def build(
     optimizer: str = "adamw",
     learning_rate: float = 1e-3,
     clip_norm: float | None = None,
+    attention: AttentionFunction | None = None,
     **overrides: Any,
 ) -> ModelSetup:
     """Builds the setup of a preset; allocates nothing.
@@ -38,6 +39,8 @@ def build(
         optimizer: `"sgd"`, `"adamw"`, `"adafactor"` or `"lion"`.
         learning_rate: Constant step size.
         clip_norm: Largest global gradient norm, `None` for no clipping.
+        attention: Of GPT and Llama models, instead of `causal_attention`; for example
+            `functools.partial(alpa_lite.flash_attention, causal=True)`.
         **overrides: Fields of the preset's configuration, such as `num_layers=4`,
             `seq_len=512`, `dtype="bfloat16"` or `dropout_rate=0.1`.
 
@@ -55,11 +58,19 @@ def build(
     for option, number in (("learning_rate", learning_rate), ("clip_norm", clip_norm)):
         if not (number is None and option == "clip_norm"):
             _check_type(option, 1.0, number)
+    if not (attention is None or callable(attention)):
+        raise ValueError(f"attention must be a function, found {attention!r}")
     for configs, make_setup in _families():
         if name in configs:
             config = _override(name, configs[name], overrides)
             tx = make_optimizer(optimizer, learning_rate=learning_rate, clip_norm=clip_norm)
-            return make_setup(name, config, tx)
+            if attention is None:
+                return make_setup(name, config, tx)
+            if make_setup not in (gpt.make_setup, llama.make_setup):
+                raise ValueError(
+                    f"Preset {name!r} has an attention of its own; leave attention out"
+                )
+            return make_setup(name, config, tx, attention)
     raise ValueError(f"Unknown preset {name!r}. {_known(name, presets())}")
 
 

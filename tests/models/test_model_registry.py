@@ -1,9 +1,11 @@
 """`build` and `presets`: names, overrides and errors."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from alpa_lite.models import build, presets
+from alpa_lite.models.attention import causal_attention
 
 
 def test_presets_are_unique_and_cover_every_family():
@@ -77,3 +79,25 @@ def test_unknown_optimizer_is_named():
 def test_bad_values_are_explained(field, value, message):
     with pytest.raises(ValueError, match=message):
         build("gpt-test", **{field: value})
+
+
+@pytest.mark.parametrize("name", ["gpt-test", "llama-test", "llama-scan-test"])
+def test_attention_can_be_replaced(name):
+    called = []
+
+    def own(q, k, v):
+        called.append(q.shape)
+        return causal_attention(q, k, v)
+
+    setup = build(name, attention=own)
+    state = setup.state_shapes()
+    called.clear()  # shapes of the state come from a pass over one sequence
+    jax.eval_shape(setup.step, state, setup.batch_shapes(2))
+    assert set(called) == {(2, 32, 8, 8)}
+
+
+def test_only_models_with_plain_attention_take_another():
+    with pytest.raises(ValueError, match="'deepseek-test' has an attention of its own"):
+        build("deepseek-test", attention=causal_attention)
+    with pytest.raises(ValueError, match="attention must be a function, found 'flash'"):
+        build("gpt-test", attention="flash")
