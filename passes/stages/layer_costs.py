@@ -13,7 +13,9 @@ batch as one, and what lies between is interpolated (`stage_tables.costs_at`).
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -45,6 +47,10 @@ _LEAN_S = 0.5
 
 # Relative distance to the optimum that is good enough.
 _GAP = 0.005
+
+# Of the logical meshes of a submesh, on how many all kinds of layers are priced: on those that are
+# best for the kind that matters most.
+_GOOD_OPTIONS = 2
 
 _ONE_DEVICE = Mesh((("x0", 1),))
 
@@ -197,21 +203,25 @@ class LayerPricer:
           deadline_s: of `time.monotonic()`.
         """
         shapes = mesh_shapes(self.method, self.cluster, submesh)
-        found: list[list[_Cell | None]] = []
+        found: dict[int, list[_Cell | None]] = {}
         guesses = set()
-        for kind in range(len(self.inputs)):
+        main = self._main_kind()
+        for kind in sorted(range(len(self.inputs)), key=lambda each: each != main):
             row: list[_Cell | None] = []
             for shape in shapes:
                 if time.monotonic() > deadline_s:
                     return False
+                if kind != main and not _is_good(found[main], len(row)):
+                    row += (None, None)
+                    continue
                 fast = lean = self._fast(kind, submesh, shape)
                 if fast is not None and self._is_large(kind, fast.cost, submesh):
                     guesses.add((len(self.submeshes), len(row) + 1))
                     least = self.state_bytes[kind] / submesh.num_devices
                     lean = replace(fast, cost=replace(fast.cost, state_bytes=least))
                 row += (fast, lean)
-            found.append(row)
-        for kind, row in enumerate(found):
+            found[kind] = row
+        for kind, row in found.items():
             self.cells[kind].append(row)
         self.guesses |= guesses
         self.submeshes.append(submesh)
@@ -232,6 +242,13 @@ class LayerPricer:
             fast = cells[index][option - 1]
             if fast is not None and self._is_large(kind, fast.cost, submesh):
                 cells[index][option] = self._lean(kind, submesh, shape, fast.cost)
+
+    def _main_kind(self) -> int:
+        """The kind that most of the time goes to."""
+        work = Counter[int]()
+        for kind, flops in zip(self.kinds, self.source.graph.flops, strict=True):
+            work[kind] += flops
+        return max(range(len(self.inputs)), key=lambda kind: work[kind])
 
     def _find_kinds(self) -> tuple[int, ...]:
         """Equal numbers for layers with the same equations and the same state."""
@@ -332,6 +349,16 @@ class _Cell:
 
     cost: LayerCost
     whole: LayerCost | None
+
+
+def _is_good(row: Sequence[_Cell | None], option: int) -> bool:
+    """Whether few options of a kind are faster than this one: other kinds are priced for those."""
+
+    def seconds(cell: _Cell | None) -> float:
+        return math.inf if cell is None else cell.cost.forward_s + cell.cost.backward_s
+
+    faster = sum(seconds(cell) < seconds(row[option]) for cell in row[::2])
+    return faster < _GOOD_OPTIONS
 
 
 def _same_nodes(a: PlanningInputs, b: PlanningInputs) -> bool:

@@ -87,8 +87,12 @@ class PricedCounts:
         self.notes: list[str] = []
         self.offered: list[Submesh] = []
 
-    def price(self, count: int) -> None:
-        """Price a number of microbatches, on the submeshes on which another one was.
+    def price(self, count: int, like: Sequence[Submesh] = ()) -> None:
+        """Price a number of microbatches.
+
+        Args:
+          count: the number.
+          like: submeshes that its best stages will have; those in between are priced as well.
 
         Raises:
           SolverTimeoutError: the time ran out before anything was priced.
@@ -100,14 +104,15 @@ class PricedCounts:
             self.call, count, self.method.layer_num, table=self.table, full_batch=self.whole
         )
         num_layers = source.graph.num_layers
-        if self.priced:
-            submeshes = list(next(iter(self.priced.values())).pricer.submeshes)
-        else:
+        if not self.priced:
             self._check_stages(num_layers)
             self.offered = self._usable(num_layers)
-            wanted = self.method.num_stages
-            num_stages = num_layers if wanted == "auto" else wanted
-            submeshes = first_submeshes(self.offered, self.cluster, num_stages)
+        wanted = self.method.num_stages
+        num_stages = num_layers if wanted == "auto" else wanted
+        submeshes = first_submeshes(self.offered, self.cluster, num_stages)
+        if like:
+            at = sorted(map(self.offered.index, like))
+            submeshes = self.offered[at[0] : at[-1] + 1]
         pricer = LayerPricer(
             source, self.method, self.cluster, self.table, self.remats, self._at_once(source)
         )

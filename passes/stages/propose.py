@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,7 @@ from alpa_lite.ir.trace import TracedStep
 from alpa_lite.passes.inter_op import (
     Stage,
     StageProblem,
+    Submesh,
     gpipe_in_flight,
     one_f_one_b_in_flight,
     solve_interleaved,
@@ -46,7 +48,11 @@ from alpa_lite.passes.stages.stage_tables import StageTables, costs_at, stage_ta
 from alpa_lite.passes.units import format_bytes
 
 # Another number is priced if it looks better than the best by this share.
-_WORTH = 0.01
+_WORTH = 0.02
+
+# Larger and smaller submeshes are priced if those at the edge have at least this part of the
+# devices of the best stages.
+_PART = 0.1
 
 # Numbers of microbatches are compared with those up to this many times larger or smaller.
 _NEAR = 4
@@ -131,16 +137,14 @@ class StageSearch:
         self._check_state()
         while True:
             best_s, count = min(self._estimate(n) for n in self.priced)
-            submeshes = self.priced[count].pricer.submeshes
-            stages, _ = self._best(count, 1.0)
-            if self.layers.widen(count, [submeshes[s.submesh] for s in stages]):
+            if self.layers.widen(count, self._submeshes(count)):
                 continue
             other_s, other = min(map(self._estimate, self._near(count)), default=(math.inf, 0))
             if other and math.isinf(best_s) and math.isinf(other_s):
                 other_s, other = 0.0, max(self._near(count))  # small microbatches need least
             if other_s >= best_s * (1 - _WORTH) or not self.layers.has_time():
                 break
-            self.layers.price(other)
+            self.layers.price(other, self._submeshes(other))
 
     def proposals(self, memory_share: float) -> list[Proposal]:
         """The best proposals that use so much of the memory budget."""
@@ -219,7 +223,7 @@ class StageSearch:
     # Solve.
 
     def _tables(self, count: int, memory_share: float) -> StageTables:
-        near = min(self.priced, key=lambda n: abs(math.log(n / count)))
+        near = self._near_priced(count)
         there, back = self.priced[near].crossing
         costs = costs_at(self.priced[near].pricer.costs(), count)
         return stage_tables(
@@ -236,7 +240,7 @@ class StageSearch:
 
         Lean options that the best stages of a priced number choose are priced.
         """
-        near = min(self.priced, key=lambda n: abs(math.log(n / count)))
+        near = self._near_priced(count)
         pricer = self.priced[near].pricer
         while True:
             key = count, memory_share, near, len(pricer.submeshes), frozenset(pricer.guesses)
@@ -250,6 +254,19 @@ class StageSearch:
                 return stages, seconds
             for submesh, option in guessed:
                 pricer.price_lean(submesh, option)
+
+    def _submeshes(self, count: int) -> list[Submesh]:
+        """The submeshes that have a good part of the devices of the best stages."""
+        stages, _ = self._best(count, 1.0)
+        shapes = self.priced[self._near_priced(count)].pricer.submeshes
+        devices: Counter[Submesh] = Counter()
+        for stage in stages:
+            devices[shapes[stage.submesh]] += shapes[stage.submesh].num_devices
+        return [s for s, n in devices.items() if n >= _PART * sum(devices.values())]
+
+    def _near_priced(self, count: int) -> int:
+        """The number of microbatches whose prices stand for those of this one."""
+        return min(self.priced, key=lambda n: abs(math.log(n / count)))
 
     def _solve(
         self, tables: StageTables, num_proposals: int
