@@ -6,6 +6,7 @@
 #   make smoke        the smallest subset, for another Python: make smoke PYTHON=python3.13 VENV=.venv-3.13
 #   make lint         ruff and mypy
 #   make format       let ruff rewrite what it can
+#   make docs         build the site into docs/_build/html, tutorials executed
 #   make docs-tables  put benchmarks/results into README.md and docs
 #   make clean        remove everything that can be made again
 
@@ -17,11 +18,12 @@ REQUIRE ?=
 
 BIN       := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
 PYTEST    := $(BIN)/python -m pytest -n $(WORKERS)
 # pytest exits with 5 when a subset has no tests.
 NONE_IS_FINE := || [ $$? -eq 5 ]
 
-.PHONY: demo test test-slow smoke lint format docs-tables install clean
+.PHONY: demo test test-slow smoke lint format docs docs-tables install clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -45,6 +47,9 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(INSTALLED_DOCS)
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
 docs-tables:
 	$(PYTHON) -m benchmarks.make_tables
 
@@ -58,6 +63,10 @@ $(INSTALLED): pyproject.toml alpa_lite/version.py
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@install() { $(BIN)/python -m pip install --disable-pip-version-check -qq $(REQUIRE:%='%') -e '.[test]'; }; \
 	    install || { echo "Trying once more." >&2; sleep 5; install; }
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --disable-pip-version-check -qq -e '.[docs]'
 	@touch $@
 
 clean:

@@ -160,7 +160,7 @@ class ParallelStep:
     def plan(
         self, *args: Any, progress: Progress | None = None, **kwargs: Any
     ) -> Plan | PipelinePlan:
-        """The plan for these arguments; `jax.ShapeDtypeStruct`s will do, no device is needed.
+        """The plan for these arguments; shapes will do, no device is needed.
 
         Args:
           *args: the step's arguments.
