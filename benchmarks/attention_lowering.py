@@ -5,7 +5,7 @@
 Head dims x dtypes x mask classes x soft cap x lowering semantics, forward and backward, split and
 fused, at sizes that have to be filled up. What Mosaic checks while lowering (register layouts,
 shapes of wgmma, tilings, the size of shared memory) is checked by this; whether the kernels are
-fast is not. Writes `results/attention_lowering_jax<version>.json`, with one row per head dim.
+fast is not. Writes `results/attention_lowering_jax-<version>.json`, with one row per head dim.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ def _save(rows: list[dict[str, Any]]) -> None:
             Column("failed", "Failed"),
         ),
         rows=tuple(rows),
-    ).save(f"attention_lowering_jax{version}")
+    ).save(f"attention_lowering_jax-{version}".replace(".", "-"))
 
 
 if __name__ == "__main__":

@@ -43,13 +43,9 @@ def interpret(*arguments):
     return [*done.stdout.split("\n"), done.stderr[-2000:]]
 
 
-def test_interpreted():
-    assert interpret("causal")[:2] == ["no races", "correct"]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["masks", "unseen", "wide", "fused"])
-def test_interpreted_cases(case):
+@pytest.mark.parametrize("case", ["causal", "masks", "unseen", "wide", "fused"])
+def test_interpreted(case):
     assert interpret(case)[:2] == ["no races", "correct"]
 
 

@@ -38,6 +38,12 @@ SCAN = (partial(scan.forward, **SMALL), partial(scan.backward, **SMALL))
 PALLAS = tuple(partial(f, interpret=True, **SMALL) for f in (portable.forward, portable.backward))
 
 
+BOTH = [
+    pytest.param(SCAN, id="scan"),
+    pytest.param(PALLAS, id="pallas", marks=pytest.mark.slow),
+]
+
+
 def test_covering_meets_every_pair():
     values = {name: range(len(options)) for name, options in FACTORS.items()}
     rows = [{name: FACTORS[name].index(value) for name, value in row.items()} for row in COVERING]
@@ -54,23 +60,25 @@ def test_scan(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [c for n, c in enumerate(cases_of(COVERING)) if n % 7], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for n, c in enumerate(cases_of(COVERING)) if n % 7 and n % 2], ids=str
+)
 def test_scan_all(case):
     assert_correct(case, SCAN)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases_of(COVERING), ids=str)
+@pytest.mark.parametrize("case", cases_of(COVERING)[::2], ids=str)
 def test_pallas_all(case):
     assert_correct(case, PALLAS)
 
 
-@pytest.mark.parametrize("case", cases_of(COVERING)[3::14], ids=str)
+@pytest.mark.parametrize("case", cases_of(COVERING)[3:4], ids=str)
 def test_pallas(case):
     assert_correct(case, PALLAS)
 
 
-@pytest.mark.parametrize("functions", [SCAN, PALLAS], ids=["scan", "pallas"])
+@pytest.mark.parametrize("functions", BOTH)
 def test_rows_that_see_nothing(functions):
     """Half of the queries are before every key, one example sees none at all."""
     case = Case(q_len=70, kv_len=70, causal=True, q_offset=-35, kv_offset=(0, 100))
@@ -85,7 +93,7 @@ def test_rows_that_see_nothing(functions):
     assert np.all(np.asarray(dv)[1] == 0) and np.all(np.asarray(dq)[0, :35] == 0)
 
 
-@pytest.mark.parametrize("functions", [SCAN, PALLAS], ids=["scan", "pallas"])
+@pytest.mark.parametrize("functions", BOTH)
 def test_what_no_tile_shows_may_be_nan(functions):
     """Tiles outside the window and the rest of the last tile are neither read nor multiplied."""
     case = Case(q_len=32, kv_len=200, causal=True, window=32, q_offset=96)
@@ -99,18 +107,18 @@ def test_what_no_tile_shows_may_be_nan(functions):
         np.testing.assert_array_equal(one, other)
 
 
-def test_scores_of_any_size():
+@pytest.mark.parametrize("functions", BOTH)
+def test_scores_of_any_size(functions):
     """Scores of +-1e4 neither overflow nor leave the filled-in keys with weight."""
     case = Case(q_len=40, kv_len=50, scale=2000.0)
     q, k, v, dout, _, _ = case.arrays()
     k = -np.abs(k)
     arrays = (np.abs(q), k, v, dout, np.zeros((2, 2, 40), np.float32), None)
     expected = case.expected(arrays)
-    for functions in (SCAN, PALLAS):
-        out, lse, *gradients = run(case, arrays, functions)
-        np.testing.assert_allclose(out, expected.out, rtol=1e-3, atol=1e-3)
-        np.testing.assert_allclose(lse, expected.lse, rtol=1e-5)
-        assert all(np.all(np.isfinite(np.asarray(g))) for g in gradients)
+    out, lse, *gradients = run(case, arrays, functions)
+    np.testing.assert_allclose(out, expected.out, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(lse, expected.lse, rtol=1e-5)
+    assert all(np.all(np.isfinite(np.asarray(g))) for g in gradients)
 
 
 WINDOWS = ({"causal": True}, {"window": (7, 25)}, {"causal": True, "window": 30})
@@ -135,7 +143,7 @@ def test_random_positions_and_segments(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(
     random_cases(
         [(1, 33, 3, 1), (33, 1, 1, 1), (95, 97, 2, 2), (64, 64, 6, 2)],
