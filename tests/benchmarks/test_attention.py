@@ -44,6 +44,7 @@ def test_a_round_on_the_cpu(monkeypatch, capsys):
     attention._table("CPU", rows).to_markdown()
 
 
+@pytest.mark.slow
 def test_errors_are_found():
     wrong = VARIANTS["xla"](Problem(seq=128, head_dim=32, tokens=128, width=64, causal=False))
     assert errors(wrong, SMALL)[0] > 0.1

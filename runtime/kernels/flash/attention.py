@@ -47,9 +47,9 @@ def flash_attention(
     sequence of `n` cached keys pass `q_offset=n - q.shape[1]`. A query that sees no key has output
     0, log-sum-exp `-inf` and zero gradients.
 
-    Differentiable in q, k and v; works under `jit`, `vmap`, `scan`, `jax.checkpoint` and
-    `jax.shard_map`. For `jax.checkpoint` the output and the log-sum-exp are named
-    `flash_attention_out` and `flash_attention_lse`: a policy that saves both names spares the
+    Differentiable in q, k and v, once and in reverse; works under `jit`, `vmap`, `scan`,
+    `jax.checkpoint` and `jax.shard_map`. For `jax.checkpoint` the output and the log-sum-exp are
+    named `flash_attention_out` and `flash_attention_lse`: a policy that saves both names spares the
     second forward pass.
 
     Args:

@@ -45,6 +45,7 @@ def test_is_attention():
     np.testing.assert_allclose(out, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_gradients():
     found = jax.grad(squares, argnums=(0, 1, 2))(Q, *KV)
@@ -53,6 +54,7 @@ def test_gradients():
         assert relative_l2(one, other) < 1e-5
 
 
+@pytest.mark.slow
 def test_log_sum_exp_is_differentiable():
     """The whole is put together from two halves of the keys; so are its gradients."""
 
@@ -102,6 +104,7 @@ def test_window_with_and_without_causal():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_sequence():
     """Of a causal forward and backward pass, without what goes in and comes out."""
 

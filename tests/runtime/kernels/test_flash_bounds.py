@@ -21,7 +21,7 @@ FAR = 10_000  # as good as no limit, and compiled once for all
 def problems(draw):
     side = st.one_of(st.none(), st.integers(0, 60))
     offsets = st.lists(st.integers(-70, 70), min_size=BATCH, max_size=BATCH)
-    sizes = st.sampled_from([(1, 9, 4, 2), (40, 64, 8, 16), (37, 50, 16, 8), (64, 30, 5, 7)])
+    sizes = st.sampled_from([(1, 9, 4, 2), (37, 50, 16, 8), (64, 30, 5, 7)])
     q_len, kv_len, block_q, block_kv = draw(sizes)
     ids = None
     if draw(st.booleans()):
@@ -74,7 +74,7 @@ def _ranges(left, right, q_offset, kv_offset, ids, sizes):
     return kv_tile_ranges(*arguments), q_tile_ranges(*arguments)
 
 
-@settings(max_examples=100)
+@settings(max_examples=80)
 @given(problems())
 def test_ranges(problem):
     left, right, q_offset, kv_offset, ids, sizes = problem

@@ -71,7 +71,7 @@ def test_lowers_for_cuda(configuration):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("configuration", configurations()[::11], ids=str)
+@pytest.mark.parametrize("configuration", configurations()[::15], ids=str)
 def test_configurations_lower_for_cuda(configuration):
     assert lower(configuration) == configuration.kernels
 
