@@ -68,7 +68,7 @@ def test_scan_all(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cases_of(COVERING)[::3], ids=str)
+@pytest.mark.parametrize("case", cases_of(COVERING)[::4], ids=str)
 def test_pallas_all(case):
     assert_correct(case, PALLAS)
 
@@ -143,7 +143,7 @@ def test_random_positions_and_segments(case):
 
 
 @pytest.mark.slow
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(
     random_cases(
         [(1, 33, 3, 1), (33, 1, 1, 1), (95, 97, 2, 2), (64, 64, 6, 2)],
