@@ -63,6 +63,11 @@ class Solved:
 
 def summary(plan: AnyPlan) -> Html:
     """The figures that matter most."""
+    return section("Summary", "summary", *summary_content(plan))
+
+
+def summary_content(plan: AnyPlan) -> tuple[Content, ...]:
+    """The figures, and what was chosen."""
     predicted = plan.predicted
     figures = [
         (format_seconds(predicted.step_s), "per step, predicted"),
@@ -78,12 +83,8 @@ def summary(plan: AnyPlan) -> Html:
         rows += axis_rows(plan)
         solve = plan.solve
         rows.append(("solver", f"{solve.status}, gap {solve.gap:.2%}, {solve.solver}"))
-    return section(
-        "Summary", "summary",
-        tag("ul", *(tag("li", tag("b", value), tag("span", what)) for value, what in figures),
-            class_="figures"),
-        definitions(rows),
-    )  # fmt: skip
+    shown = [tag("li", tag("b", value), tag("span", what)) for value, what in figures]
+    return tag("ul", *shown, class_="figures"), definitions(rows)
 
 
 def timeline_section(plan: AnyPlan) -> Html:
@@ -263,16 +264,20 @@ def communication_section(plan: AnyPlan) -> Html:
 
 def cost_section(plan: AnyPlan) -> Html:
     """What the seconds of a step are spent on."""
+    return section("Cost of a step", "cost", *cost_content(plan))
+
+
+def cost_content(plan: AnyPlan) -> tuple[Content, ...]:
+    """Bars and tables of seconds."""
     step_s = plan.predicted.step_s
     if isinstance(plan, Plan):
         parts = step_parts(plan)
         rows = [[p.name, p.text, f"{p.value / step_s if step_s else 0:.1%}"] for p in parts]
         rows.append(["step", format_seconds(step_s), "100.0%"])
-        return section(
-            "Cost of a step", "cost",
+        return (
             bar(parts, step_s, "seconds of a step"),
             table(["what", "time", "share"], rows, right={1, 2}, caption="One device"),
-        )  # fmt: skip
+        )
     found = plan_timeline(plan)
     rows = []
     for mesh, busy_s in enumerate(found.busy_s):
@@ -291,7 +296,7 @@ def cost_section(plan: AnyPlan) -> Html:
         ["mesh", "tasks", "once per step", "waits", "of the step"], rows, right={1, 2, 3, 4},
         caption="Meshes; seconds of one step",
     )  # fmt: skip
-    return section("Cost of a step", "cost", stages, meshes)
+    return stages, meshes
 
 
 def alternatives_section(plan: AnyPlan, solved: Solved | None) -> Html:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from alpa_lite.passes.html.elements import Content, Html, escape, tag
 from alpa_lite.passes.html.sections import (
     AnyPlan,
-    cost_section,
-    summary,
+    cost_content,
+    summary_content,
     timeline_content,
     timeline_pictures,
 )
@@ -18,8 +18,8 @@ from alpa_lite.passes.units import format_seconds
 def plan_snippet(plan: AnyPlan) -> str:
     """Figures and timeline, and the whole text on demand."""
     return _view(
-        tag("h3", f"{plan.name} on {plan.cluster.name}"), summary(plan), *timeline_content(plan),
-        cost_section(plan),
+        tag("h3", f"{plan.name} on {plan.cluster.name}"), *summary_content(plan),
+        *timeline_content(plan), *cost_content(plan),
         tag("details", tag("summary", "Everything"), tag("pre", Html(_lines(plan.describe())))),
     )  # fmt: skip
 

@@ -156,6 +156,7 @@ def test_what_notebooks_show(staged):
         found = Outline(shown)
         assert [name for name, _ in found.tags][:2] == ["div", "style"]
         assert "script" not in [name for name, _ in found.tags]
+        assert not found.ids  # a notebook shows many
     assert PLAN.describe().splitlines()[-1].strip() in Outline(PLAN._repr_html_()).text[-1]
 
 
