@@ -4,21 +4,28 @@
     python -m benchmarks.accuracy --data FILE          rows of another file with the same columns
     python -m benchmarks.accuracy --every 5            every fifth row of each source; nothing saved
     python -m benchmarks.accuracy --only ID ...        these rows only; nothing saved
+    python -m benchmarks.accuracy --flash              fused attention as such; nothing saved
 
 Every row is planned as the grid it was measured on (`ThreeDParallel`) by the planner's own pricing,
 and nothing is fitted to a source. A row with something that the planner has no word for is counted
 as not expressible, and says why. Rows measured with a fused attention kernel are planned with the
-attention of the models here, which keeps scores in memory, and are summed up apart. Layers are
-planned as a scan, which is quick; --unrolled plans them one by one.
+attention of the models here, which keeps scores in memory, and are summed up apart; --flash plans
+them with `alpa_lite.flash_attention`. Layers are planned as a scan, which is quick, or with
+--unrolled one by one. A row that takes longer than --limit seconds is not predicted. With --rows
+FILE every result is written there at once, and those found there are not planned again: an
+interrupted run goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import signal
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +35,12 @@ from scipy import stats
 
 from benchmarks.published import DATA, PublishedRow, load_published
 from benchmarks.results_table import Column, ResultsTable, describe_environment
+from benchmarks.scatter import scatter_svg
 
 GIB = 2**30
 PLAIN = "scores in memory, as planned"
 FUSED = "fused, planned with scores in memory"
+PLOTS = Path(__file__).parent.parent / "docs"
 
 
 def main() -> None:
@@ -41,37 +50,75 @@ def main() -> None:
 
     jax.config.update("jax_platforms", "cpu")
     rows = _chosen(load_published(options.data), options.every, options.only)
-    found = predict_rows(rows, scan_layers=not options.unrolled)
+    found = predict_rows(
+        rows, scan_layers=not options.unrolled, flash=options.flash, limit_s=options.limit,
+        kept=options.rows,
+    )  # fmt: skip
     summary = summarise(found)
     for line in summary:
         print(json.dumps(line))
     for why, count in Counter(r["why"] for r in found if r["why"]).most_common():
         print(f"not expressible, {count} rows: {why}")
-    if options.rows is not None:
-        options.rows.write_text(json.dumps(found, indent=1) + "\n")
-    if options.data == DATA and options.every == 1 and not options.only and not options.unrolled:
+    changed = options.only or options.unrolled or options.flash
+    if options.data == DATA and options.every == 1 and not changed:
         _save(summary, found)
 
 
-def predict_rows(rows: Sequence[PublishedRow], *, scan_layers: bool) -> list[dict[str, Any]]:
+def predict_rows(
+    rows: Sequence[PublishedRow], *, scan_layers: bool, flash: bool = False, limit_s: int = 60,
+    kept: Path | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """One result per row; rows that ask the planner the same are planned once."""
     from alpa_lite.passes.rules import RuleTable
     from benchmarks.published_plan import NotExpressibleError, predict
 
     table = RuleTable()
+    earlier = _read_kept(kept)
     known: dict[Any, Any] = {}
     found = []
     for row in track(rows, description="predicting", disable=not os.isatty(2)):
-        key = _question(row)
-        if key not in known:
+        question = _question(row)
+        asked = hashlib.sha256(repr((question, scan_layers, flash)).encode()).hexdigest()[:16]
+        if (row.id, asked) in earlier:
+            found.append(earlier[row.id, asked])
+            continue
+        if question not in known:
             try:
-                known[key] = predict(row, table, scan_layers=scan_layers)
+                with time_limit(limit_s):
+                    known[question] = predict(row, table, scan_layers=scan_layers, flash=flash)
             except NotExpressibleError as problem:
-                known[key] = str(problem)
-        found.append(_result(row, known[key]))
-        if not os.isatty(2):
-            print(json.dumps(found[-1]), flush=True)
+                known[question] = str(problem)
+            except TimeoutError:
+                known[question] = f"no plan within {limit_s} s"
+        found.append(_result(row, known[question]) | {"asked": asked})
+        if kept is not None:
+            with kept.open("a") as file:
+                file.write(json.dumps(found[-1]) + "\n")
     return found
+
+
+def _read_kept(path: Path | None) -> dict[tuple[str, str], dict[str, Any]]:
+    """Results of an earlier run by row and question."""
+    if path is None or not path.exists():
+        return {}
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    return {(result["id"], result["asked"]): result for result in results}
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise `TimeoutError` in the block if it takes longer; in the main thread only."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _question(row: PublishedRow) -> tuple[Any, ...]:
@@ -181,10 +228,14 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every n-th of a source")
     parser.add_argument("--only", nargs="+", metavar="ID", default=[], help="these rows only")
     parser.add_argument("--unrolled", action="store_true", help="layers one by one; slow")
-    parser.add_argument("--rows", type=Path, metavar="FILE", help="write every row's result here")
+    parser.add_argument("--flash", action="store_true", help="fused attention as such")
+    parser.add_argument("--limit", type=int, default=60, metavar="S", help="seconds for a row")
+    parser.add_argument("--rows", type=Path, metavar="FILE", help="keep results here, go on there")
     found = parser.parse_args()
     if found.every < 1:
         parser.error(f"--every {found.every}: a number from 1")
+    if found.limit < 1:
+        parser.error(f"--limit {found.limit}: a number of seconds from 1")
     return found
 
 
@@ -199,8 +250,29 @@ def _save(summary: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) ->
     ).save("accuracy")  # fmt: skip
     ResultsTable(
         title="Predicted against published train steps, row by row", columns=ROW_COLUMNS,
-        rows=tuple(found), **about,
+        rows=tuple({k: v for k, v in r.items() if k != "asked"} for r in found), **about,
     ).save("accuracy_rows")  # fmt: skip
+    for name, text in plots(found).items():
+        (PLOTS / name).write_text(text)
+
+
+def plots(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Figures of docs by file name: seconds and bytes, predicted over measured, by source."""
+    figures = {}
+    for name, measured, predicted, unit in (
+        ("accuracy-time.svg", "measured_s", "predicted_s", "s per step"),
+        ("accuracy-memory.svg", "measured_gib", "predicted_gib", "GiB per device"),
+    ):
+        groups: dict[str, list[tuple[float, float]]] = {}
+        for r in found:
+            if not r["why"] and r[measured] is not None:
+                fused = ", fused attention" if r["attention"] == FUSED else ""
+                groups.setdefault(r["source"] + fused, []).append((r[measured], r[predicted]))
+        if groups:
+            figures[name] = scatter_svg(
+                groups, x_label=f"measured, {unit}", y_label=f"predicted, {unit}"
+            )
+    return figures
 
 
 COLUMNS = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import alpa_lite
 from alpa_lite.cost_model import Cluster, cluster_presets
 from alpa_lite.errors import AlpaLiteError, InfeasibleError
 from alpa_lite.models import ModelSetup, build
@@ -32,11 +34,12 @@ PRESETS = {
     "MI300X": ("mi300x", None),
 }
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+# What is computed again: by every block of the model, and by the pipeline method.
 REMATS = {
-    "none": ("none",),
-    "selective": ("dots",),
-    "full": ("full",),
-    "": ("none", "dots", "full"),
+    "none": ((False, "none"),),
+    "selective": ((False, "dots"),),
+    "full": ((True, "none"),),
+    "": ((False, "none"), (True, "none")),  # the least that fits
 }
 NETWORK_BYTES_PER_S_PER_GBIT = 12e9 / 100  # as in the cluster presets
 SEARCH_S = 30.0  # for the integer programs of one stage
@@ -93,8 +96,10 @@ def cluster_of(row: PublishedRow) -> Cluster:
     return cluster
 
 
-def setup_of(row: PublishedRow, *, scan_layers: bool) -> ModelSetup:
-    """The model with the row's shape.
+def setup_of(
+    row: PublishedRow, *, scan_layers: bool, remat: bool = False, flash: bool = False
+) -> ModelSetup:
+    """The model with the row's shape; with `flash`, with a fused attention if the row had one.
 
     Raises:
       NotExpressibleError: no model here has that shape.
@@ -105,11 +110,13 @@ def setup_of(row: PublishedRow, *, scan_layers: bool) -> ModelSetup:
         raise NotExpressibleError(f"matrix products in {row.precision}")
     if row.head_dim not in (None, row.hidden_size / row.num_heads):
         raise NotExpressibleError("head dim other than hidden size / heads")
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": row.vocab_size, "seq_len": row.seq_len, "hidden_size": row.hidden_size,
         "num_layers": row.num_layers, "num_heads": row.num_heads, "dtype": DTYPES[row.precision],
-        "scan_layers": scan_layers,
+        "scan_layers": scan_layers, "remat": remat,
     }  # fmt: skip
+    if flash and row.fused_attention:
+        common["attention"] = functools.partial(alpa_lite.flash_attention, causal=True)
     plain = not row.gated_mlp and row.num_kv_heads == row.num_heads
     if plain and row.mlp_size % row.hidden_size == 0:
         ratio = row.mlp_size // row.hidden_size
@@ -157,31 +164,31 @@ def method_of(row: PublishedRow) -> ThreeDParallel:
         raise NotExpressibleError(str(error)) from None
 
 
-def attempts(row: PublishedRow) -> Iterator[tuple[ThreeDParallel, bool]]:
-    """Methods to try until one fits, and whether the memory limit holds; the last has none."""
+def attempts(row: PublishedRow) -> Iterator[tuple[bool, ThreeDParallel, bool]]:
+    """Until one fits: remat of blocks, method, whether memory is limited; not the last time."""
     method = method_of(row)
-    for remat in REMATS[row.remat]:
-        yield dataclasses.replace(method, remat=remat), True
-    yield (
-        dataclasses.replace(method, remat=REMATS[row.remat][-1], memory_budget_bytes=NO_LIMIT),
-        False,
-    )
+    for blocks, stages in REMATS[row.remat]:
+        yield blocks, dataclasses.replace(method, remat=stages), True
+    blocks, stages = REMATS[row.remat][-1]
+    yield blocks, dataclasses.replace(method, remat=stages, memory_budget_bytes=NO_LIMIT), False
 
 
-def predict(row: PublishedRow, table: RuleTable, *, scan_layers: bool) -> Prediction:
+def predict(
+    row: PublishedRow, table: RuleTable, *, scan_layers: bool, flash: bool = False
+) -> Prediction:
     """Plan the row's grid and read off the prediction.
 
     Raises:
       NotExpressibleError: the planner cannot describe the row; says why.
     """
     begun = time.monotonic()
-    cluster, method = cluster_of(row), method_of(row)
-    setup = setup_of(row, scan_layers=scan_layers)
-    call = StepArgs(
-        fun=setup.step, args=(setup.state_shapes(), setup.batch_shapes(row.global_batch)),
-        arg_names=("state", "batch"), batch_argnums=(1,), donate_argnums=(0,), name=row.id,
-    )  # fmt: skip
-    for method, fits in attempts(row):
+    cluster = cluster_of(row)
+    for blocks, method, fits in attempts(row):
+        setup = setup_of(row, scan_layers=scan_layers, remat=blocks, flash=flash)
+        call = StepArgs(
+            fun=setup.step, args=(setup.state_shapes(), setup.batch_shapes(row.global_batch)),
+            arg_names=("state", "batch"), batch_argnums=(1,), donate_argnums=(0,), name=row.id,
+        )  # fmt: skip
         try:
             plan = plan_pipeline(call, method, cluster, table=table).plan
         except InfeasibleError as error:
@@ -190,7 +197,8 @@ def predict(row: PublishedRow, table: RuleTable, *, scan_layers: bool) -> Predic
             continue
         except AlpaLiteError as error:
             raise NotExpressibleError(f"{type(error).__name__}: {str(error)[:160]}") from None
-        return _prediction(plan, fits, method.remat, time.monotonic() - begun)
+        remat = "full" if blocks else method.remat
+        return _prediction(plan, fits, remat, time.monotonic() - begun)
     raise AssertionError("the last attempt returns or raises")
 
 

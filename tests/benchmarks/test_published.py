@@ -161,10 +161,9 @@ def test_prediction_is_the_planners():
     found = predict(row, RuleTable(), scan_layers=True)
     setup = build(
         "gpt-1.3b", num_layers=2, hidden_size=256, num_heads=8, vocab_size=512, seq_len=128,
-        dtype="float16", scan_layers=True,
+        dtype="float16", scan_layers=True, remat=True,
     )  # fmt: skip
-    method = dataclasses.replace(method_of(row), remat="full")
-    step = alpa_lite.parallelize(setup.step, method=method, cluster=cluster_of(row))
+    step = alpa_lite.parallelize(setup.step, method=method_of(row), cluster=cluster_of(row))
     plan = step.plan(setup.state_shapes(), setup.batch_shapes(row.global_batch))
     assert found.step_s == plan.predicted.step_s
     assert found.peak_bytes == plan.predicted.peak_bytes
