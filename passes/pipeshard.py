@@ -57,7 +57,7 @@ _MEMORY_SHARES = (0.98, 0.93, 0.85, 0.75, 0.6)
 _WORTH = 0.99
 
 # Proposals are planned if their estimate is within this factor of the best one's.
-_CLOSE = 1.05
+_CLOSE = 1.02
 
 
 def plan_pipeline(

@@ -52,6 +52,9 @@ _GAP = 0.005
 # best for the kind that matters most.
 _GOOD_OPTIONS = 2
 
+# Kinds with a smaller share of all operations take from the main kind what rematerialisation costs.
+_OWN_SHARE = 0.15
+
 _ONE_DEVICE = Mesh((("x0", 1),))
 
 
@@ -141,6 +144,7 @@ class LayerPricer:
 
     Attributes:
       kinds: per layer, its kind: alike layers have the same.
+      main: the kind that has most operations.
     """
 
     def __init__(
@@ -167,7 +171,14 @@ class LayerPricer:
         self.state_bytes = [
             sum(each.contraction.values[v].num_bytes for v in _state(each)) for each in self.inputs
         ]
-        self.remat = tuple(self._remat_costs(kind, remats) for kind in every)
+        shares = self._shares()
+        self.main = max(every, key=shares.__getitem__)
+        own = {
+            kind: self._remat_costs(kind, remats)
+            for kind in every
+            if shares[kind] >= _OWN_SHARE or kind == self.main
+        }
+        self.remat = tuple(own.get(kind, own[self.main]) for kind in every)
         self.whole: list[PlanningInputs | None] = [None for _ in every]
         if whole is not None:
             cut = cut_step(whole, [[i] for i in range(whole.graph.num_layers)])
@@ -205,7 +216,7 @@ class LayerPricer:
         shapes = mesh_shapes(self.method, self.cluster, submesh)
         found: dict[int, list[_Cell | None]] = {}
         guesses = set()
-        main = self._main_kind()
+        main = self.main
         for kind in sorted(range(len(self.inputs)), key=lambda each: each != main):
             row: list[_Cell | None] = []
             for shape in shapes:
@@ -243,12 +254,13 @@ class LayerPricer:
             if fast is not None and self._is_large(kind, fast.cost, submesh):
                 cells[index][option] = self._lean(kind, submesh, shape, fast.cost)
 
-    def _main_kind(self) -> int:
-        """The kind that most of the time goes to."""
-        work = Counter[int]()
+    def _shares(self) -> Counter[int]:
+        """The share of all operations that each kind has."""
+        shares = Counter[int]()
+        total = sum(self.source.graph.flops)
         for kind, flops in zip(self.kinds, self.source.graph.flops, strict=True):
-            work[kind] += flops
-        return max(range(len(self.inputs)), key=lambda kind: work[kind])
+            shares[kind] += flops / total if total else 0.0
+        return shares
 
     def _find_kinds(self) -> tuple[int, ...]:
         """Equal numbers for layers with the same equations and the same state."""
