@@ -149,7 +149,7 @@ def test_interrupt_returns_the_best_so_far(monkeypatch: pytest.MonkeyPatch) -> N
         return planned[-1]
 
     monkeypatch.setattr(pipeshard, "realise", interrupted)
-    monkeypatch.setattr(pipeshard, "_CLOSE", 100.0)  # there is a second proposal
+    monkeypatch.setattr(pipeshard, "_WORTH", 100.0)  # other schedules are worth planning
     found = plan(call_of("mlp-test", 8), PipeshardParallel(num_stages=2))
     assert found.plan.predicted.step_s == planned[0].plan.predicted.step_s
     assert len(found.plan.alternatives) == 1
