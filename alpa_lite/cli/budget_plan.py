@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 
 from alpa_lite.api import parallelize
 from alpa_lite.cli.exits import InputError
@@ -15,44 +14,55 @@ from alpa_lite.models import ModelSetup
 from alpa_lite.passes.pipeline_methods import ThreeDParallel
 from alpa_lite.passes.pipeline_plan import PipelinePlan
 
-_REMATS = ("dots", "full")  # from less to more computed again; the first that fits is taken
 _MICROBATCHES_PER_STAGE = 4  # a bubble of 3 / 19 with 4 stages
 
 
 def best_grid(
-    setup: ModelSetup, batch_size: int, cluster: Cluster, seconds: float, report: Report
-) -> tuple[ThreeDParallel, PipelinePlan]:
-    """Plan the usual grids until the time is over; the first is planned whatever it takes.
+    setups: Mapping[str, ModelSetup], batch_size: int, cluster: Cluster, seconds: float,
+    report: Report,
+) -> tuple[str, ThreeDParallel, PipelinePlan]:  # fmt: skip
+    """Plan the usual grids until the time is over and one fits.
+
+    Args:
+      setups: the model by what its blocks compute again, least first; of each grid the first that
+        fits is taken.
+      batch_size: sequences per step.
+      cluster: the hardware.
+      seconds: after which no other grid is begun, once one fits.
+      report: is told of every grid.
+
+    Returns:
+      Which setup, its grid and plan.
 
     Raises:
       InputError: no grid divides the batch.
-      InfeasibleError: none of the grids tried fits.
+      InfeasibleError: none of the grids fits.
     """
     begun = time.monotonic()
-    best: tuple[ThreeDParallel, PipelinePlan] | None = None
+    best: tuple[str, ThreeDParallel, PipelinePlan] | None = None
     failure: InfeasibleError | None = None
-    grids = list(_grids(setup.config.num_layers, batch_size, cluster))
+    first = next(iter(setups.values()))
+    grids = list(_grids(first.config.num_layers, batch_size, cluster))
     if not grids:
         raise InputError(
             f"--batch-size {batch_size} cannot be split over {cluster.num_devices} devices; "
             "give another"
         )
-    state, batch = setup.state_shapes(), setup.batch_shapes(batch_size)
+    state, batch = first.state_shapes(), first.batch_shapes(batch_size)
     for grid in grids:
-        for remat in _REMATS:
+        for remat, setup in setups.items():
             spent = (time.monotonic() - begun) / seconds
-            if spent >= 1 and (best or failure):
+            if spent >= 1 and best is not None:
                 break
-            method = replace(grid, remat=remat)
             report(f"planning dp={grid.dp} tp={grid.tp} pp={grid.pp}", min(0.99, spent))
             try:
-                step = parallelize(setup.step, method=method, cluster=cluster)
+                step = parallelize(setup.step, method=grid, cluster=cluster)
                 plan = step.plan(state, batch)
             except InfeasibleError as error:
                 failure = failure or error
                 continue
-            if best is None or plan.predicted.step_s < best[1].predicted.step_s:
-                best = method, plan
+            if best is None or plan.predicted.step_s < best[2].predicted.step_s:
+                best = remat, grid, plan
             break
     if best is None:
         assert failure is not None

@@ -152,8 +152,14 @@ def _plan(
     price: float | None, report: Report,
 ) -> dict[str, Any]:  # fmt: skip
     """What the planner says about training the model on the cluster."""
-    setup = build_setup(BASE, None, {**sizes, "seq_len": model["seq_len"], "scan_layers": True})
-    method, plan = best_grid(setup, model["batch_size"], hardware, seconds, report)
+    setups = {
+        remat: build_setup(
+            BASE, None,
+            {**sizes, "seq_len": model["seq_len"], "scan_layers": True, "remat": remat == "full"},
+        )
+        for remat in ("none", "full")
+    }  # fmt: skip
+    remat, method, plan = best_grid(setups, model["batch_size"], hardware, seconds, report)
     step_s = plan.predicted.step_s
     parts = count_flops(shape_with(sizes), batch=model["batch_size"], seq=model["seq_len"])
     peak = hardware.num_devices * hardware.device.peak_flops_per_s(DTYPE)
@@ -165,7 +171,7 @@ def _plan(
         "tp": method.tp,
         "pp": method.pp,
         "num_microbatches": plan.num_microbatches,
-        "remat": method.remat,
+        "remat": remat,
         "peak_bytes": plan.predicted.peak_bytes,
         "step_s": step_s,
         "mfu": sum(part.training for part in parts.values()) / (step_s * peak),
