@@ -26,6 +26,8 @@ myst_enable_extensions = ["dollarmath", "colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 nb_execution_mode = "off" if os.environ.get("ALPA_LITE_DOCS_EXECUTE") == "0" else "force"
+# The language of the cells is only known from running them.
+suppress_warnings = ["myst-nb.lexer"] if nb_execution_mode == "off" else []
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_merge_streams = True

@@ -1,13 +1,17 @@
 """Pages agree with the code they describe; `make docs` builds them and runs the tutorials."""
 
 import re
+import sys
 
 import pytest
 import typer
+import typer.testing
 
 from alpa_lite.cli.app import app
 from alpa_lite.cli.exits import BAD_INPUT, FAILED, INFEASIBLE, INTERRUPTED
 from alpa_lite.passes.flag_names import AXES
+from alpa_lite.passes.pipeline_plan import load_plan
+from benchmarks.new_user import example
 from tests.import_graph import ROOT
 
 DOCS = ROOT / "docs"
@@ -46,6 +50,18 @@ def test_links_between_pages_lead_somewhere():
             if not (page.parent / link).exists():
                 missing.append(f"{page.relative_to(ROOT)}: {link}")
     assert not missing
+
+
+def test_the_step_of_the_quickstart_can_be_planned(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "mine.py").write_text(example(DOCS / "quickstart.md"))
+    command = ["plan", "mine:factory", "--cluster", "h100:8", "-o", "plan.json"]
+    result = typer.testing.CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    plan = load_plan(tmp_path / "plan.json")
+    assert set(plan.inputs) == {"params.up", "params.down", "batch.x", "batch.y"}
+    assert plan.predicted.step_s > 0
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
