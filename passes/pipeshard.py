@@ -42,7 +42,7 @@ from alpa_lite.passes.stages.grid_search import (
     grid_candidates,
     scan_length,
 )
-from alpa_lite.passes.stages.propose import StageSearch
+from alpa_lite.passes.stages.propose import Proposal, StageSearch
 from alpa_lite.passes.stages.realise import PlannedPipeline as PlannedPipeline
 from alpa_lite.passes.stages.realise import StageCache, realise, spec_of
 from alpa_lite.passes.stages.realise import restore_pipeline as restore_pipeline
@@ -53,11 +53,8 @@ from alpa_lite.passes.stages.spec import PipelineSpec
 # layers one by one.
 _MEMORY_SHARES = (0.98, 0.93, 0.85, 0.75, 0.6)
 
-# A proposal for less memory, or another schedule, is planned if it looks better by this much.
+# Another proposal or schedule is planned if it looks better by this much than what was planned.
 _WORTH = 0.99
-
-# Proposals are planned if their estimate is within this factor of the best one's.
-_CLOSE = 1.02
 
 
 def plan_pipeline(
@@ -155,19 +152,14 @@ class _Planner:
         search.run()
         for share in _MEMORY_SHARES:
             proposals = search.proposals(share)
-            best_s = math.inf if self.best is None else self.best.plan.predicted.step_s
-            if self.best is not None and self.spent > 1:
-                break
-            if not proposals or proposals[0].estimate_s > _WORTH * best_s:
-                continue
-            first = proposals[0]
-            found = self.plan(first.source, first.spec)
-            if found is None or found.stages != first.spec.stages:
-                continue  # some stages were a little too large: less memory may be better used
-            for proposal in proposals[1:]:
-                if self.spent < 1 and proposal.estimate_s < _CLOSE * first.estimate_s:
+            if proposals and not self.is_worth_planning(proposals[0]):
+                break  # with less memory they only get slower
+            seen = set()  # pipelines that differ in a layer or two need not both be planned
+            for proposal in proposals:
+                submeshes = tuple(stage.submesh for stage in proposal.spec.stages)
+                if submeshes not in seen and self.is_worth_planning(proposal):
                     self.plan(proposal.source, proposal.spec)
-            break
+                seen.add(submeshes)
         if self.best is None:
             source, spec = search.smallest()
             self.plan(source, spec)
@@ -178,6 +170,13 @@ class _Planner:
             virtual = search.interleaved(self.best.plan.num_microbatches)
             if virtual is not None and virtual.estimate_s < self.best.plan.predicted.step_s:
                 self.plan(virtual.source, virtual.spec)
+
+    def is_worth_planning(self, proposal: Proposal) -> bool:
+        """Whether there is time for it, and it may be the best."""
+        best = self.best
+        return best is None or (
+            self.spent < 1 and proposal.estimate_s < _WORTH * best.plan.predicted.step_s
+        )
 
     def try_schedules(self) -> None:
         """Plan the best pipeline with other schedules that may be faster, if none is prescribed."""
@@ -214,9 +213,8 @@ class _Planner:
                     self.call, key[0], self.method.layer_num, stages, self.table
                 )
             spec = candidate.spec(sources[key].graph.flops)
-            if self.plan(sources[key], spec, may_recompute=False) is not None:
-                step_s = self.tried[-1].step_s
-                assert step_s is not None
+            step_s = self.plan(sources[key], spec, may_recompute=False)
+            if step_s is not None:
                 fits.add(shape)
                 if step_s > latest_s.get(stages, step_s):
                     settled.add(stages)
@@ -225,8 +223,8 @@ class _Planner:
 
     def plan(
         self, source: LayeredStep, spec: PipelineSpec, may_recompute: bool = True
-    ) -> PipelineSpec | None:
-        """The pipeline that was planned; None if it does not fit.
+    ) -> float | None:
+        """Predicted seconds per step; None if it does not fit.
 
         Args:
           source: the step.
@@ -250,7 +248,7 @@ class _Planner:
         self.tried.append(
             PipelineAlternative(description=description, step_s=step_s, reason=reason)
         )
-        return made
+        return step_s
 
 
 def _silent(what: str, done: float) -> None:
