@@ -18,7 +18,6 @@ Everything after the second line is `stages.realise`.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
