@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -70,7 +71,8 @@ def backward(
     shapes = (q.shape, k.shape, v.shape)
     sizes = (blocks or _blocks(spec, q, v, ids)).backward
     dim = supported_head_dim(max(q.shape[3], v.shape[3]))
-    block_q, block_kv = hopper_dq.BLOCK_Q, max(sizes.dq_block_kv, hopper_dkv.block_kv_of(dim))
+    block_q = hopper_dq.BLOCK_Q
+    block_kv = math.lcm(sizes.dq_block_kv, hopper_dkv.block_kv_of(dim))
     kv_len = k.shape[1]
     bounds = (spec, q_offset, kv_offset, ids, q.shape[1], kv_len)
     dkv_ranges = q_tile_ranges(*bounds, hopper_dkv.BLOCK_Q, hopper_dkv.block_kv_of(dim))

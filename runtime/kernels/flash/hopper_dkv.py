@@ -70,7 +70,7 @@ def dkv_kernel(
         None.
     """
     q, k = operands[:2]
-    batch, padded_kv, kv_heads, dim = k.shape
+    batch, _, kv_heads, dim = k.shape
     group = q.shape[2] // kv_heads
     shared = dim > MAX_UNSHARED_DIM
     fused = dq_sum is not None
@@ -245,7 +245,7 @@ def dkv_kernel(
     kernel = build(
         program,
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype)),
-        grid=(kv_heads, padded_kv // block_kv, batch),
+        grid=(kv_heads, ranges.shape[1], batch),  # the dq kernel may want more keys filled in
         grid_names=("h", "j", "b"),
         num_threads=WARPGROUPS + 1,
         scratch_types=tuple(scratch),
