@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -254,9 +253,9 @@ class LayerPricer:
             if fast is not None and self._is_large(kind, fast.cost, submesh):
                 cells[index][option] = self._lean(kind, submesh, shape, fast.cost)
 
-    def _shares(self) -> Counter[int]:
+    def _shares(self) -> dict[int, float]:
         """The share of all operations that each kind has."""
-        shares = Counter[int]()
+        shares = dict.fromkeys(self.kinds, 0.0)
         total = sum(self.source.graph.flops)
         for kind, flops in zip(self.kinds, self.source.graph.flops, strict=True):
             shares[kind] += flops / total if total else 0.0
