@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -388,24 +389,31 @@ def lower_unmapped(function: Callable[..., Any]) -> Callable[..., Any]:
     return lower
 
 
-# Mosaic GPU, which `alpa_lite.runtime.kernels` imports when a kernel is lowered and not before.
+class LazyModule:
+    """A module that is imported when one of its names is first used."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+mosaic_gpu: Any = LazyModule("jax.experimental.pallas.mosaic_gpu")
+"""Importing it takes time and sets an environment variable: for programs that use it."""
 
 
 def load_with_layout(ref: Any, layout: Any, optimized: bool = True) -> Any:
-    """`plgpu.load` of a whole reference; jax 0.10 wants to be told which part."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    index: tuple[Any, ...] = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-    return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+    """`mosaic_gpu.load` of a whole reference; jax 0.10 wants to be told which part."""
+    index: tuple[Any, ...] = ((),) if "idx" in inspect.signature(mosaic_gpu.load).parameters else ()
+    return mosaic_gpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def transposed_ref(ref: Any) -> Any:
     """A reference to shared memory with its two dims exchanged."""
     if hasattr(ref, "transpose"):
         return ref.transpose((1, 0))
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.transpose_ref(ref, (1, 0))
+    return mosaic_gpu.transpose_ref(ref, (1, 0))
 
 
 def gpu_interpreter(detect_races: bool) -> Any:
@@ -433,6 +441,4 @@ def triton_or_interpreted(interpret: bool) -> dict[str, Any]:
 
 def lowering_semantics(name: str) -> Any:
     """`Lane` or `Warpgroup`: how a Mosaic kernel is lowered; JAX's default changed in 0.11."""
-    from jax.experimental.pallas import mosaic_gpu as plgpu
-
-    return plgpu.LoweringSemantics[name]
+    return mosaic_gpu.LoweringSemantics[name]

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from alpa_lite import compat
+from alpa_lite.compat import mosaic_gpu as plgpu
 from alpa_lite.runtime.kernels.flash import hopper_dkv, hopper_dq, hopper_forward
 from alpa_lite.runtime.kernels.flash.block_sizes import (
     FUSED,

@@ -24,8 +24,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from alpa_lite.compat import mosaic_gpu as plgpu
 from alpa_lite.runtime.kernels.flash.block_sizes import FUSED, BackwardBlocks
 from alpa_lite.runtime.kernels.flash.hopper_ops import (
     WARPGROUP_ROWS,

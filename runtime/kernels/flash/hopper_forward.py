@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from alpa_lite.compat import mosaic_gpu as plgpu
 from alpa_lite.runtime.kernels.flash.block_sizes import ForwardBlocks
 from alpa_lite.runtime.kernels.flash.hopper_ops import (
     WARPGROUP_ROWS,

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from alpa_lite import compat
+from alpa_lite.compat import mosaic_gpu as plgpu
 
 Array = Any
 WARPGROUP_ROWS = 64  # rows of one wgmma
