@@ -18,6 +18,7 @@ def test_report_of_a_plan_file(invoke, plan_files, name, tmp_path):
     assert "alpa-lite report --explain" in file.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "staged"])
 def test_explained(invoke, plan_files, name, tmp_path):
     file = tmp_path / "report.html"
