@@ -6,6 +6,7 @@ and whether it may share the strategy of its neighbours.
 
 from __future__ import annotations
 
+from alpa_lite.ir.flops import is_matmul
 from alpa_lite.ir.graph import Literal
 from alpa_lite.passes.program import FlatOp
 from alpa_lite.passes.rules import FactorKind, ShardingRule
@@ -24,7 +25,7 @@ HEAVY = frozenset(
     "scatter_add sort top_k cumsum cumprod cummax cummin cumlogsumexp custom_call pallas_call "
     "reduce_window reduce_window_sum reduce_window_max select_and_scatter_add "
     "select_and_gather_add fft cholesky triangular_solve dynamic_slice "
-    "dynamic_update_slice argmax argmin".split()
+    "dynamic_update_slice argmax argmin flash_attention flash_attention_backward".split()
 )
 """Ops with a strategy of their own: costly, or choosing freely among unlike layouts."""
 
@@ -77,6 +78,4 @@ def _is_float(op: FlatOp) -> bool:
 
 def is_costly(op: FlatOp) -> bool:
     """Whether the op counts as one of the few that make up a layer."""
-    return op.kind == "op" and op.name in (
-        "dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "pallas_call",
-    )  # fmt: skip
+    return op.kind == "op" and (is_matmul(op.name) or op.name == "pallas_call")

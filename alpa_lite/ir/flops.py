@@ -1,7 +1,8 @@
 """Floating-point operations of one equation, from its shapes alone.
 
 Matrix products and convolutions count 2 per multiply-add; everything else counts one per element
-of its largest operand or result (data movement counts none). Loops multiply by their length.
+of its largest operand or result (data movement counts none). Fused attention counts its matrix
+products, over the pairs that its mask leaves. Loops multiply by their length.
 """
 
 from __future__ import annotations
@@ -10,11 +11,19 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 MOVES = frozenset(
     """broadcast_in_dim reshape transpose squeeze expand_dims convert_element_type slice
     dynamic_slice dynamic_update_slice gather concatenate pad rev copy copy_p iota
     bitcast_convert_type optimization_barrier sharding_constraint name split
     random_wrap random_unwrap stop_gradient""".split()
+)
+
+
+ATTENTION = ("flash_attention", "flash_attention_backward")
+_MATMULS = frozenset(
+    ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", *ATTENTION)
 )
 
 
@@ -35,6 +44,8 @@ def equation_flops(
         return _conv_flops(params, ins, outs)
     if name in ("ragged_dot", "ragged_dot_general"):
         return 2.0 * _numel(ins[0]) * outs[0].shape[-1]
+    if name in ATTENTION:
+        return _attention_flops(name, params["spec"], *ins[:3])
     if name in MOVES:
         return 0.0
     return float(max([*map(_numel, ins), *map(_numel, outs)], default=0))
@@ -42,7 +53,26 @@ def equation_flops(
 
 def is_matmul(name: str) -> bool:
     """Whether the op runs on matrix units."""
-    return name in ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
+    return name in _MATMULS
+
+
+def visible_pairs(q_len: int, kv_len: int, left: int | None, right: int | None) -> int:
+    """Pairs of a query and a key that it sees: position `p` sees `p - left` to `p + right`.
+
+    Args:
+      q_len: queries, at positions 0, 1, ...
+      kv_len: keys, likewise.
+      left: how far back a query sees; None for all.
+      right: how far ahead.
+
+    Example:
+      >>> visible_pairs(4, 4, None, 0)  # causal
+      10
+    """
+    at = np.arange(q_len)
+    first = np.zeros_like(at) if left is None else np.maximum(at - left, 0)
+    end = np.full_like(at, kv_len) if right is None else np.minimum(at + right + 1, kv_len)
+    return int(np.maximum(end - first, 0).sum())
 
 
 def _dot_flops(params: Mapping[str, Any], ins: Sequence[Any]) -> float:
@@ -51,6 +81,16 @@ def _dot_flops(params: Mapping[str, Any], ins: Sequence[Any]) -> float:
         n for d, n in enumerate(ins[1].shape) if d not in tuple(rhs_contract) + tuple(rhs_batch)
     ]
     return 2.0 * _numel(ins[0]) * math.prod(free)
+
+
+def _attention_flops(name: str, spec: Any, q: Any, k: Any, v: Any) -> float:
+    # Forward: scores and values. Backward: scores again, then the gradients of q, k, v and of the
+    # probabilities: five products, however many an implementation makes.
+    batch, q_len, heads, dim = q.shape
+    pairs = batch * heads * visible_pairs(q_len, k.shape[1], spec.left, spec.right)
+    v_dim = v.shape[-1]
+    per_pair = dim + v_dim if name == "flash_attention" else 3 * dim + 2 * v_dim
+    return 2.0 * pairs * per_pair
 
 
 def _conv_flops(params: Mapping[str, Any], ins: Sequence[Any], outs: Sequence[Any]) -> float:

@@ -1,4 +1,4 @@
-"""Rules that no lowering can tell, by primitive: random numbers, iota, identities, opaque calls."""
+"""Rules that no lowering can tell: random numbers, iota, identities, attention, opaque calls."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import jax
 
+from alpa_lite.ir.flops import ATTENTION
 from alpa_lite.passes.rules.equation import Equation
+from alpa_lite.passes.rules.registry import parse_rule
 from alpa_lite.passes.rules.rule import (
     Factor,
     FactorKind,
@@ -62,6 +64,8 @@ def builtin_rule(equation: Equation) -> ShardingRule | None:
         if _draws_by_position(equation):
             return _free_rule(result_shapes[0], "built in: bits depend on the position only", 1)
         return replicated_rule(operand_shapes, result_shapes, "needs one threefry key")
+    if name in ATTENTION:
+        return parse_rule(_attention_rule(equation), operand_shapes, result_shapes)
     if name in ELEMENTWISE:
         return elementwise_rule(result_shapes[0], operand_shapes, len(result_shapes), "built in")
     return None
@@ -84,6 +88,27 @@ def _replication_reason(equation: Equation) -> str:
     if name.startswith("ragged_dot") and equation.in_avals[2].shape[-1] == 1:
         return "with one group, JAX lowers to sizes that are not those of a part"
     return ""
+
+
+def _attention_rule(equation: Equation) -> str:
+    """Batch and heads pass: a device that has some heads has the key heads that they read.
+
+    Several query heads of one key head are not split backward: their gradients of it are one sum.
+    """
+    heads, kv_heads = (equation.operand_shapes[i][2] for i in (0, 1))
+    forward = equation.primitive.name == "flash_attention"
+    if heads == kv_heads:
+        h, g, rest = "h", "h", ""
+    elif kv_heads == 1:
+        h, g, rest = "r", "1", "" if forward else " r"
+    else:
+        h, g, rest = "(h r)", "h", " r"
+    q, k, v, out, lse = f"b q {h} d", f"b k {g} d", f"b k {g} e", f"b q {h} e", f"b {h} q"
+    operands = [q, k, v] if forward else [q, k, v, lse, lse, out]
+    results = [out, lse] if forward else [q, k, v]
+    ids = ["b q", "b k"] if len(equation.in_avals) == len(operands) + 4 else []
+    einsum = f"{', '.join([*operands, 'b', 'b', *ids])} -> {', '.join(results)}"
+    return f"{einsum}; blocked=q k d e{rest}"
 
 
 def _draws_by_position(equation: Equation) -> bool:

@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 import alpa_lite
 from alpa_lite import flash_attention
-from alpa_lite.passes.rules import DEFAULT_REGISTRY
 from alpa_lite.runtime.kernels.flash import choice
 from alpa_lite.runtime.kernels.flash.primitive import merge
 from tests.runtime.kernels.dense_attention import dense_attention, relative_l2, visible_pairs
@@ -156,29 +155,9 @@ def test_remat_saves_what_is_named(saved, forwards):
     assert attentions(cleaned).count("flash_attention_backward") == 1
 
 
-QS, KVS, ROWS = "b t (h g) d", "b s h d", "b (h g) t"
-RULES = {
-    "flash_attention": f"{QS}, {KVS}, {KVS}, b, b -> {QS}, {ROWS}; blocked=t s d",
-    "flash_attention_backward": (
-        f"{QS}, {KVS}, {KVS}, {ROWS}, {ROWS}, {QS}, b, b -> {QS}, {KVS}, {KVS}; blocked=t s d"
-    ),
-}
-
-
-@pytest.fixture
-def rules():
-    """Batch and heads pass through."""
-    for name, rule in RULES.items():
-        alpa_lite.register_sharding_rule(name, lambda ins, outs, params, rule=rule: rule)
-    yield
-    for name in RULES:
-        DEFAULT_REGISTRY.unregister(name)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("rules")
 def test_one_operation_of_a_parallelized_step():
-    """Planned by a rule for the primitives, heads over one axis and batch over another."""
+    """Heads over one axis and batch over another, as the rules of the primitives allow."""
 
     def step(state, batch):
         def loss(w):
