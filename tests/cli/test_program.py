@@ -35,9 +35,12 @@ def test_help_of_a_verb_has_an_example(invoke, verb):
     assert f"Example: alpa-lite {verb}" in result.stdout
 
 
-def test_completion_script():
-    runner = typer.testing.CliRunner()
-    result = runner.invoke(app, ["--show-completion"], prog_name="alpa-lite")
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_script(shell):
+    result = typer.testing.CliRunner().invoke(
+        app, [], prog_name="alpa-lite", env={"_ALPA_LITE_COMPLETE": f"source_{shell}"},
+        complete_var="_ALPA_LITE_COMPLETE",
+    )  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert "_ALPA_LITE_COMPLETE" in result.stdout
 
