@@ -26,8 +26,9 @@ from alpa_lite.passes.pipeline_plan import PipelinePlan, PlannedStage
 from alpa_lite.passes.pipeline_timeline import plan_timeline
 from alpa_lite.passes.rules import RuleTable
 from alpa_lite.passes.stages.plan_stage import subcluster
-from alpa_lite.passes.stages.realise import PlannedPipeline, StageCache, realise, spec_of
+from alpa_lite.passes.stages.realise import PlannedPipeline, realise, spec_of
 from alpa_lite.passes.stages.spec import PipelineSpec
+from alpa_lite.passes.stages.stage_planner import StageCache
 from alpa_lite.passes.variants import UNLIMITED_BYTES, faster_links
 
 _CLOSE = 0.01

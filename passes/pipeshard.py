@@ -43,10 +43,11 @@ from alpa_lite.passes.stages.grid_search import (
 )
 from alpa_lite.passes.stages.propose import Proposal, StageSearch
 from alpa_lite.passes.stages.realise import PlannedPipeline as PlannedPipeline
-from alpa_lite.passes.stages.realise import StageCache, realise, spec_of
+from alpa_lite.passes.stages.realise import realise, spec_of
 from alpa_lite.passes.stages.realise import restore_pipeline as restore_pipeline
 from alpa_lite.passes.stages.source import LayeredStep, layer_step, trace_step
 from alpa_lite.passes.stages.spec import PipelineSpec
+from alpa_lite.passes.stages.stage_planner import StageCache
 
 # Shares of the memory budget that proposals may use: stages may need a little more than their
 # layers one by one.

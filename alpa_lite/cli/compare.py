@@ -21,9 +21,8 @@ from alpa_lite.cli.options import (
     TargetOption,
     parse_overrides,
 )
-from alpa_lite.cli.output import check_folder, print_json, progress_bar
-from alpa_lite.cli.planning import infeasible_json, plan_again, save_plan
-from alpa_lite.errors import InfeasibleError
+from alpa_lite.cli.output import print_json
+from alpa_lite.cli.planning import plan_and_save
 from alpa_lite.passes.pipeline_plan import PipelinePlan, load_plan
 from alpa_lite.passes.plan import Plan
 from alpa_lite.passes.plan_diff import describe_diff, diff_plans
@@ -76,17 +75,7 @@ def whatif(
         wanted = with_pins(wanted, parse_pins(pins), plan)
     if wanted == asked:
         raise InputError("nothing is changed: give --set, --pin or --memory-budget")
-    if output is not None:
-        check_folder(output, "--output")
-    try:
-        with progress_bar() as report:
-            made = plan_again(wanted, report)
-    except InfeasibleError as error:
-        if json:
-            print_json(infeasible_json(error))
-        raise
-    if output is not None:
-        save_plan(made, output)
+    made = plan_and_save(wanted, output, as_json=json)
     changes = diff_plans(plan, made)
     if json:
         print_json({"changes": [c.to_json() for c in changes], "plan": made.to_json()})

@@ -39,7 +39,7 @@ from alpa_lite.passes.pipeshard import restore_pipeline
 from alpa_lite.passes.plan import Plan
 from alpa_lite.passes.plan_text import collapse_paths
 from alpa_lite.passes.rules import RuleTable
-from alpa_lite.passes.stages.realise import StageCache
+from alpa_lite.passes.stages.stage_planner import StageCache
 from alpa_lite.passes.variants import Variants
 
 MOST_DECISIONS = 8

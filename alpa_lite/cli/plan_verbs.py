@@ -27,10 +27,9 @@ from alpa_lite.cli.options import (
     SetOption,
     parse_overrides,
 )
-from alpa_lite.cli.output import check_folder, print_json, progress_bar, remark
-from alpa_lite.cli.planning import infeasible_json, plan_again, save_plan
+from alpa_lite.cli.output import print_json, remark
+from alpa_lite.cli.planning import plan_and_save
 from alpa_lite.cost_model import Cluster
-from alpa_lite.errors import InfeasibleError
 from alpa_lite.models import presets
 from alpa_lite.passes.flag_names import FLAGS
 from alpa_lite.passes.pipeline_plan import PipelinePlan, load_plan
@@ -96,17 +95,7 @@ def plan(
         memory_budget=memory_budget, schedule=schedule, remat=remat, pins=parse_pins(pins or []),
     )  # fmt: skip
     asked = asked.changed(parse_overrides(overrides or []))
-    if output is not None:
-        check_folder(output, "--output")
-    try:
-        with progress_bar() as report:
-            made = plan_again(asked, report)
-    except InfeasibleError as error:
-        if json:
-            print_json(infeasible_json(error))
-        raise
-    if output is not None:
-        save_plan(made, output)
+    made = plan_and_save(asked, output, as_json=json)
     _print_plan(made, as_json=json)
 
 

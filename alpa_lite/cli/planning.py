@@ -13,7 +13,7 @@ import jax
 from alpa_lite.api import parallelize
 from alpa_lite.cli.configuration import Configuration
 from alpa_lite.cli.exits import InputError
-from alpa_lite.cli.output import Report, remark
+from alpa_lite.cli.output import Report, check_folder, print_json, progress_bar, remark
 from alpa_lite.errors import InfeasibleError
 from alpa_lite.passes.pipeline_plan import PipelinePlan
 from alpa_lite.passes.plan import Plan
@@ -33,6 +33,29 @@ def plan_again(asked: Configuration, report: Report) -> Plan | PipelinePlan:
     step = parallelize(_named(found.step, found.name), method=method, cluster=asked.cluster)
     made = step.plan(found.state, found.batch, progress=report)
     return replace(made, configuration=resolved.to_json())
+
+
+def plan_and_save(
+    asked: Configuration, output: Path | None, *, as_json: bool
+) -> Plan | PipelinePlan:
+    """`plan_again` with a progress bar; the plan is written to `output` if that is given.
+
+    Raises:
+      InfeasibleError: nothing fits; with `as_json` it is printed as an object first.
+      InputError: see `plan_again`; or `output` cannot be written.
+    """
+    if output is not None:
+        check_folder(output, "--output")
+    try:
+        with progress_bar() as report:
+            made = plan_again(asked, report)
+    except InfeasibleError as error:
+        if as_json:
+            print_json(infeasible_json(error))
+        raise
+    if output is not None:
+        save_plan(made, output)
+    return made
 
 
 def save_plan(plan: Plan | PipelinePlan, path: Path) -> None:

@@ -107,13 +107,7 @@ class SwiGLU(nnx.Module):
     """Gated MLP: `down(silu(gate(x)) * up(x))`."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        linear = functools.partial(
-            nnx.Linear,
-            use_bias=False,
-            dtype=jnp.dtype(config.dtype),
-            kernel_init=KERNEL_INIT,
-            rngs=rngs,
-        )
+        linear = _linear(config, rngs)
         self.gate = linear(config.hidden_size, config.mlp_size)
         self.up = linear(config.hidden_size, config.mlp_size)
         self.down = linear(config.mlp_size, config.hidden_size)
@@ -127,13 +121,7 @@ class SquaredReLU(nnx.Module):
     """MLP without a gate: `down(relu(up(x))^2)`."""
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
-        linear = functools.partial(
-            nnx.Linear,
-            use_bias=False,
-            dtype=jnp.dtype(config.dtype),
-            kernel_init=KERNEL_INIT,
-            rngs=rngs,
-        )
+        linear = _linear(config, rngs)
         self.up = linear(config.hidden_size, config.mlp_size)
         self.down = linear(config.mlp_size, config.hidden_size)
 
@@ -292,6 +280,16 @@ def _make_layers(config: LlamaConfig, attention: AttentionFunction, key: jax.Arr
     if config.scan_layers:
         return nnx.merge(graphdef, jax.vmap(init_block)(keys))
     return nnx.List([nnx.merge(graphdef, init_block(key)) for key in keys])
+
+
+def _linear(config: LlamaConfig, rngs: nnx.Rngs) -> functools.partial[nnx.Linear]:
+    return functools.partial(
+        nnx.Linear,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        kernel_init=KERNEL_INIT,
+        rngs=rngs,
+    )
 
 
 def _norm(config: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:

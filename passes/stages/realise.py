@@ -32,8 +32,7 @@ from alpa_lite.passes.schedules import (
 )
 from alpa_lite.passes.stages.source import CutStep, LayeredStep, layer_step
 from alpa_lite.passes.stages.spec import PipelineSpec, StageSpec
-from alpa_lite.passes.stages.stage_planner import LaidStage, StagePlanner
-from alpa_lite.passes.stages.stage_planner import StageCache as StageCache
+from alpa_lite.passes.stages.stage_planner import LaidStage, StageCache, StagePlanner
 from alpa_lite.passes.stages.stage_step import StageStep
 from alpa_lite.passes.stages.transfer_cost import link_bytes, transfer_s
 

@@ -173,7 +173,7 @@ class StagePlanner:
             return LaidStage(
                 step, inputs, work, planned, cost, profile.peak_bytes, mesh, in_flight
             )  # fmt: skip
-        found = self.search(step, inputs, stage, index, key).found
+        found = self.search(step, inputs, stage, index).found
         laid = _laid(f"{name}, stage {index}", step, inputs, work, found, mesh, in_flight)
         self.known.stages.setdefault(key, []).append(laid)
         return laid
@@ -224,9 +224,8 @@ class StagePlanner:
         return None
 
     def search(
-        self, step: StageStep, inputs: PlanningInputs, stage: StageSpec, index: int,
-        key: tuple[object, ...],
-    ) -> StagePlan:  # fmt: skip
+        self, step: StageStep, inputs: PlanningInputs, stage: StageSpec, index: int
+    ) -> StagePlan:
         """The best layouts of a stage."""
         meshes = None if stage.mesh_shape is None else [_mesh(self.method, stage.mesh_shape)]
         try:
@@ -234,7 +233,7 @@ class StagePlanner:
                 step, inputs, self.in_flight[index], meshes, self.method.time_limit_s, _GAP
             )
         except InfeasibleError as error:
-            self.known.too_many[key] = self.in_flight[index], error
+            self.known.too_many[self.key(index)] = self.in_flight[index], error
             raise self.does_not_fit(index, error) from None
 
     def does_not_fit(self, index: int, error: InfeasibleError) -> InfeasibleError:

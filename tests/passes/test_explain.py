@@ -19,7 +19,7 @@ from alpa_lite.passes.pipeshard import plan_pipeline
 from alpa_lite.passes.pricing import Workload, compute_s
 from alpa_lite.passes.report import chosen_strategies
 from alpa_lite.passes.rules import RuleTable
-from alpa_lite.passes.stages.realise import StageCache
+from alpa_lite.passes.stages.stage_planner import StageCache
 from alpa_lite.passes.variants import Variants, faster_links
 
 WIDTH = 512
